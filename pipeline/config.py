@@ -1,0 +1,180 @@
+"""What a model is (`ModelSpec`) and what a visitor asks of it (`GenerationRequest`).
+
+Both are frozen and checked on construction, so that everything behind them may trust what it reads. No size of any
+particular model is written here: a spec comes from a model folder's `model_index.json`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import ftfy
+
+from pipeline.errors import InvalidRequest, WeightsError
+
+MAX_PROMPT_CHARS = 2000
+MAX_SEED = 2**32 - 1
+SECONDS_RANGE = (0.1, 600.0)
+FPS_RANGE = (1.0, 60.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything about a checkpoint that is not a weight. Times in seconds, sizes in pixels, windows in latent frames."""
+
+    name: str
+    """Shown to the user and written into each video's recipe."""
+    height: int
+    width: int
+    fps: float
+    """Default playback rate. The tutorial's 6 for the full model, the native rate for the embedded one."""
+    native_fps: float
+    """The rate the model was trained at: motion looks natural at this rate."""
+    frames_per_block: int
+    text_len: int
+    denoising_steps: tuple[float, ...]
+    """Unwarped steps, noisiest first, on the 0..1000 scale; `shift` warps them."""
+    shift: float
+    window_frames: int
+    """Latent frames that attention may see, the current block and the sink included."""
+    sink_frames: int = 0
+    """Latent frames at the start of a run that never leave the window."""
+    positions: Literal["relative", "absolute"] = "relative"
+    """`relative`: the sink moves along just in front of the oldest recent frame. `absolute`: it stays at 0."""
+    context_noise: float = 0.0
+    """Noise level (0..1000) at which finished blocks are written into the cache."""
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+    def __post_init__(self) -> None:
+        recent = self.window_frames - self.sink_frames - self.frames_per_block
+        rules = (
+            (self.frames_per_block >= 1, f"frames_per_block is {self.frames_per_block}, but must be at least 1"),
+            (
+                self.sink_frames % self.frames_per_block == 0 and self.window_frames % self.frames_per_block == 0,
+                f"window_frames {self.window_frames} and sink_frames {self.sink_frames} must be multiples of "
+                f"frames_per_block {self.frames_per_block}",
+            ),
+            (
+                recent >= self.frames_per_block,
+                f"window_frames {self.window_frames} leaves {recent} recent frames beside {self.sink_frames} sink "
+                f"frames and the current block: it must leave at least one block of {self.frames_per_block}",
+            ),
+            (len(self.denoising_steps) >= 1, "denoising_steps is empty"),
+            (
+                self.height % self.spatial_stride == 0 and self.width % self.spatial_stride == 0,
+                f"height {self.height} and width {self.width} must be multiples of {self.spatial_stride}",
+            ),
+        )
+        for holds, problem in rules:
+            if not holds:
+                raise WeightsError(f"The model's configuration cannot work: {problem}.")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ModelSpec:
+        """Read the spec out of a `model_index.json`; a missing field or an unknown `spec` entry is an error."""
+        values = dict(config)
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise WeightsError(f"model_index.json has unknown settings {', '.join(unknown)}.")
+        if "denoising_steps" in values:
+            values["denoising_steps"] = tuple(float(step) for step in values["denoising_steps"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise WeightsError(f"model_index.json is incomplete: {error}.") from error
+
+    def latent_shape(self, channels: int) -> tuple[int, int, int]:
+        """(C, h, w) of one latent frame."""
+        return channels, self.height // self.spatial_stride, self.width // self.spatial_stride
+
+    def frames_in(self, num_blocks: int) -> int:
+        """Video frames in a clip of `num_blocks` blocks: the first latent frame is one video frame, the others four."""
+        return 1 + self.temporal_stride * (self.frames_per_block * num_blocks - 1)
+
+    def blocks_for(self, seconds: float, fps: float) -> int:
+        """The whole number of blocks (at least one) whose length comes nearest to `seconds` at `fps`."""
+        latents = (seconds * fps - 1) / self.temporal_stride + 1
+        return max(1, math.floor(latents / self.frames_per_block + 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One clip to make. Construction cleans the prompt and refuses whatever the model must never see.
+
+    Raises:
+        InvalidRequest: naming the field, the value and the allowed range.
+    """
+
+    prompt: str
+    seed: int = -1
+    """-1 draws a random one; any other value reproduces the clip."""
+    seconds: float = 5.0
+    """Length of the finished video; rounded to whole blocks."""
+    fps: float | None = None
+    """Playback rate; None takes the model's own. It decides how many frames there are, never what is in them."""
+    taehv: bool = False
+    fp8: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the dataclass is frozen
+        put("prompt", checked_prompt(self.prompt))
+        put("seed", checked_seed(self.seed))
+        put("seconds", checked_number("seconds", self.seconds, *SECONDS_RANGE))
+        if self.fps is not None:
+            put("fps", checked_number("fps", self.fps, *FPS_RANGE))
+        for name in ("taehv", "fp8", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} is {_shown(getattr(self, name))}, but must be true or false.")
+
+
+def clean_prompt(text: str) -> str:
+    """The reference's prompt cleaning (mojibake, HTML entities, white space), then NFC without control characters."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # Tabs and line breaks are white space to the tokenizer; other control characters are nothing to anybody.
+    # A lone surrogate cannot be encoded as UTF-8 and would fail deep inside the tokenizer.
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def checked_prompt(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"prompt is {_shown(value)}, but must be text.")
+    if len(value) > 100 * MAX_PROMPT_CHARS:  # cleaning is linear, but five million characters still take seconds
+        raise InvalidRequest(f"The prompt has {len(value):,} characters; at most {MAX_PROMPT_CHARS:,} are allowed.")
+    text = clean_prompt(value)
+    if not text:
+        raise InvalidRequest("The prompt is empty. Describe the video in a few words.")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise InvalidRequest(f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARS:,} are allowed.")
+    return text
+
+
+def checked_seed(value: Any) -> int:
+    # JSON has one kind of number: a page's 7 may arrive as 7.0, which is the same seed. 7.5 is not one.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, Integral) or not -1 <= value <= MAX_SEED:
+        raise InvalidRequest(
+            f"seed is {_shown(value)}, but must be a whole number from 0 to {MAX_SEED}, or -1 for a random one."
+        )
+    return int(value)
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> float:
+    # `low <= nan` is false, so NaN falls out here without a case of its own.
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {_shown(value)}, but must be a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
