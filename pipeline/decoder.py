@@ -1,0 +1,171 @@
+"""Latents to frames, block after block, and frames back to latents.
+
+A `StreamDecoder` holds the state of one stream; the weights it uses hold none, so several streams can share
+them. Blocks of any sizes give the same frames as the whole clip at once: one frame for the first latent of a
+stream, then as many as the temporal stride for each.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import Tensor, nn
+
+from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.taehv import TAEHV, Memory
+
+__all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_taehv", "encode_wan"]
+
+
+class StreamDecoder(Protocol):
+    """Decodes one stream of latents. After an error or a cancelled call, `reset` before the next clip."""
+
+    def reset(self) -> None:
+        """Forget the stream; the next block starts a clip."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> the next frames [B, T, 3, H, W] in [0, 1]."""
+
+
+class WanStreamDecoder:
+    """The Wan VAE's decoder with a cache of its own.
+
+    `AutoencoderKLWan.decode` clears one cache that all its callers share, so it can neither continue a clip
+    nor serve two. Here the layers are called directly, one latent frame at a time as in the reference.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        _require_plain_pixels(vae)
+        self._vae = vae
+        # One slot per causal convolution; those of kernel 1 leave theirs unused.
+        self._slots = _count_causal(vae.decoder)
+        self.reset()
+
+    def reset(self) -> None:
+        self._cache: list[Tensor | str | None] = [None] * self._slots
+        self._shape: tuple[int, ...] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        starts = self._shape is None
+        self._shape = _check_latents(latents, self._vae.config.z_dim, self._shape)
+        if starts:
+            self._mean, self._inverse_std = _statistics(self._vae, latents)
+        latents = latents / self._inverse_std + self._mean
+        weights = self._vae.post_quant_conv.weight
+        hidden = self._vae.post_quant_conv(
+            latents.to(device=weights.device, dtype=weights.dtype).transpose(1, 2)
+        )
+        parts: list[Tensor] = []
+        for latent in hidden.split(1, dim=2):
+            first = starts and not parts
+            parts.append(self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
+        frames = torch.cat(parts, 2).transpose(1, 2)
+        return frames.clamp(-1, 1).add(1).div(2)
+
+
+class TaehvStreamDecoder:
+    """TAEHV with the memory of its blocks carried from call to call: exact, and nothing is decoded twice."""
+
+    def __init__(self, taehv: TAEHV) -> None:
+        self._taehv = taehv
+        self.reset()
+
+    def reset(self) -> None:
+        self._memory: Memory = self._taehv.new_memory(self._taehv.decoder)
+        self._shape: tuple[int, ...] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        starts = self._shape is None
+        self._shape = _check_latents(latents, self._taehv.config["latent_channels"], self._shape)
+        frames = self._taehv.decode_raw(latents, self._memory)
+        if starts:  # the first latent stands for one frame; what the layers make before it is warm-up
+            frames = frames[:, self._taehv.temporal_scale - 1 :]
+        return frames.clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_wan(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+    """Frames [B, 1 + 4k, 3, H, W] in [0, 1] -> normalised latents [B, 1 + k, C, h, w], the posterior's mean.
+
+    Touches no state of `vae`, so it may run while a stream decodes. Raises `InvalidRequest` for other shapes.
+    """
+    _require_plain_pixels(vae)
+    stride = vae.config.scale_factor_temporal
+    _check_frames(frames, stride, vae.config.scale_factor_spatial)
+    weights = vae.quant_conv.weight
+    pixels = frames.to(device=weights.device, dtype=weights.dtype).mul(2).sub(1).transpose(1, 2)
+    cache: list[Tensor | None] = [None] * _count_causal(vae.encoder)
+    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)] if frames.shape[1] > 1 else [pixels]
+    hidden = torch.cat([vae.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups], 2)
+    latents = vae.quant_conv(hidden)[:, : vae.config.z_dim].transpose(1, 2)
+    mean, inverse_std = _statistics(vae, latents)
+    return (latents - mean) * inverse_std
+
+
+@torch.no_grad()
+def encode_taehv(taehv: TAEHV, frames: Tensor) -> Tensor:
+    """Frames [B, 1 + 4k, 3, H, W] in [0, 1] -> latents [B, 1 + k, C, h, w], aligned in time with Wan's.
+
+    TAEHV groups frames from the start (0-3, 4-7, ...), Wan has the first alone (0, 1-4, 5-8, ...): so the
+    first frame is repeated to fill a group of its own. Raises `InvalidRequest` for other shapes.
+    """
+    _check_frames(frames, taehv.temporal_scale, taehv.spatial_scale)
+    lead = frames[:, :1].expand(-1, taehv.temporal_scale - 1, -1, -1, -1)
+    return taehv.encode_raw(torch.cat([lead, frames], 1))
+
+
+def _count_causal(half: nn.Module) -> int:
+    return sum(isinstance(module, WanCausalConv3d) for module in half.modules())
+
+
+def _require_plain_pixels(vae: AutoencoderKLWan) -> None:
+    if vae.config.patch_size is not None:
+        raise WeightsError(
+            f"This VAE works on pixel patches (patch_size {vae.config.patch_size}), as Wan 2.2's does; "
+            "use one without, such as Wan 2.1's."
+        )
+
+
+def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std of the VAE's own latents, rounded in the dtype of `latents` as upstream."""
+    mean = torch.tensor(vae.config.latents_mean).to(latents).view(1, 1, -1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).to(latents).view(1, 1, -1, 1, 1)
+    return mean, 1.0 / std
+
+
+def _check_latents(latents: Tensor, channels: int, stream: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The stream's (B, C, h, w); `InvalidRequest` if the block does not suit the weights or the stream."""
+    if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != channels:
+        raise InvalidRequest(
+            f"This decoder needs latents [B, F, {channels}, h, w] with at least one frame; "
+            f"got shape {tuple(latents.shape)}."
+        )
+    batch, _, *rest = latents.shape
+    shape = (batch, *rest)
+    if stream is not None and shape != stream:
+        raise InvalidRequest(
+            f"The stream began with latents of (B, C, h, w) = {stream} and this block has {shape}; "
+            "reset the decoder before another clip."
+        )
+    return shape
+
+
+def _check_frames(frames: Tensor, temporal: int, spatial: int) -> None:
+    if frames.ndim != 5 or frames.shape[2] != 3:
+        raise InvalidRequest(f"The encoder needs frames [B, T, 3, H, W]; got shape {tuple(frames.shape)}.")
+    count, height, width = frames.shape[1], *frames.shape[3:]
+    if count < 1 or (count - 1) % temporal:
+        below = max(0, count - 1) // temporal * temporal + 1
+        raise InvalidRequest(
+            f"{count} frames cannot be encoded: the number must be 1 + {temporal}k, "
+            f"such as {below} or {below + temporal}."
+        )
+    if height % spatial or width % spatial:
+        raise InvalidRequest(
+            f"Frames of {height}x{width} pixels cannot be encoded: both must be multiples of {spatial}."
+        )

@@ -1,0 +1,247 @@
+"""Decoders and encoders on tiny random modules: splits, interleaved streams, counts, and errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
+from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.taehv import TAEHV
+
+CHANNELS = 4
+TOLERANCE = 2e-5  # RMS norms over few channels amplify rounding; the golden cases hold the tight tolerance
+KINDS = ("wan", "taehv")
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 1.0, 2.0]}
+    model = AutoencoderKLWan(
+        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, **statistics
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def taehv() -> TAEHV:
+    torch.manual_seed(1)
+    model = TAEHV(latent_channels=CHANNELS, decoder_widths=(12, 8, 6, 4), encoder_width=6)
+    for parameter in model.decoder.parameters():
+        parameter.data *= 1.5
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture()
+def decoder(kind: str, vae: AutoencoderKLWan, taehv: TAEHV) -> StreamDecoder:
+    return WanStreamDecoder(vae) if kind == "wan" else TaehvStreamDecoder(taehv)
+
+
+def latents(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(batch, frames, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def close(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and (left - right).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [1, 3, 3], [2, 5], [6, 1], [4, 1, 2]])
+def test_blocks_of_any_size_equal_the_whole_clip(decoder: StreamDecoder, sizes: list[int]) -> None:
+    clip = latents(7)
+    whole = decoder.decode(clip)
+    decoder.reset()
+    parts = [decoder.decode(part) for part in clip.split(sizes, 1)]
+    assert close(torch.cat(parts, 1), whole)
+    assert whole.std() > 0.01  # not saturated: the comparison says something
+
+
+def test_counts_range_and_size(decoder: StreamDecoder) -> None:
+    first, second = decoder.decode(latents(3)), decoder.decode(latents(2, seed=1))
+    assert first.shape == (1, 1 + 4 * 2, 3, 24, 32)
+    assert second.shape == (1, 4 * 2, 3, 24, 32)
+    frames = torch.cat([first, second], 1)
+    assert frames.min() >= 0 and frames.max() <= 1
+
+
+def test_reset_forgets_the_stream(decoder: StreamDecoder) -> None:
+    fresh = decoder.decode(latents(2))
+    decoder.decode(latents(3, seed=1))
+    decoder.reset()
+    assert torch.equal(decoder.decode(latents(2)), fresh)
+
+
+def test_interleaved_streams_do_not_disturb_each_other(
+    kind: str, vae: AutoencoderKLWan, taehv: TAEHV
+) -> None:
+    def stream() -> StreamDecoder:
+        return WanStreamDecoder(vae) if kind == "wan" else TaehvStreamDecoder(taehv)
+
+    clips = [latents(5, seed=seed) for seed in (1, 2)]
+    alone = []
+    for clip in clips:
+        decoder = stream()
+        alone.append(torch.cat([decoder.decode(part) for part in clip.split(2, 1)], 1))
+    left, right = stream(), stream()
+    together: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first, second in zip(clips[0].split(2, 1), clips[1].split(2, 1), strict=True):
+        together[0].append(left.decode(first))
+        together[1].append(right.decode(second))
+        if kind == "wan":
+            encode_wan(vae, torch.rand(1, 5, 3, 24, 32))
+    for got, expected in zip(together, alone, strict=True):
+        assert torch.equal(torch.cat(got, 1), expected)
+
+
+def test_samples_of_a_batch_are_independent(decoder: StreamDecoder) -> None:
+    clip = latents(4, batch=2)
+    both = torch.cat([decoder.decode(part) for part in clip.split([1, 3], 1)], 1)
+    for index in range(2):
+        decoder.reset()
+        assert close(decoder.decode(clip[index : index + 1]), both[index : index + 1])
+
+
+def test_frames_do_not_change_when_the_stream_goes_on(decoder: StreamDecoder) -> None:
+    first = decoder.decode(latents(3))
+    kept = first.clone()
+    decoder.decode(latents(3, seed=1))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(kind: str, vae: AutoencoderKLWan, taehv: TAEHV, dtype: torch.dtype) -> None:
+    module, build = (vae, WanStreamDecoder) if kind == "wan" else (taehv, TaehvStreamDecoder)
+    exact = build(module).decode(latents(3))
+    half = type(module).from_config(module.config)
+    half.load_state_dict(module.state_dict())
+    frames = build(half.to(dtype)).decode(latents(3).to(dtype))
+    assert frames.dtype == dtype
+    assert (frames.float() - exact).abs().max() < 0.05
+
+
+def test_wan_equals_diffusers(vae: AutoencoderKLWan) -> None:
+    clip = latents(4)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        expected = vae.decode(clip.transpose(1, 2) / (1 / std) + mean).sample.transpose(1, 2)
+        assert close(WanStreamDecoder(vae).decode(clip) * 2 - 1, expected)
+        frames = torch.rand(2, 9, 3, 24, 32)
+        mode = vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mode()
+        assert close(encode_wan(vae, frames), ((mode - mean) / std).transpose(1, 2))
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 13])
+def test_encoders_make_one_latent_for_the_first_frame_and_one_for_each_four(
+    vae: AutoencoderKLWan, taehv: TAEHV, count: int
+) -> None:
+    frames = torch.rand(2, count, 3, 24, 32)
+    expected = (2, 1 + (count - 1) // 4, CHANNELS, 3, 4)
+    assert encode_wan(vae, frames).shape == expected
+    assert encode_taehv(taehv, frames).shape == expected
+
+
+def test_taehv_encoder_is_aligned_with_the_first_frame_alone(taehv: TAEHV) -> None:
+    """A change in frame 1 must not reach the first latent, and frames 1-4 share the second."""
+    frames = torch.rand(1, 9, 3, 24, 32)
+    before = encode_taehv(taehv, frames)
+    changed = frames.clone()
+    changed[:, 1] = 0
+    after = encode_taehv(taehv, changed)
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_taehv_raw_encode_fills_the_last_group_with_its_last_frame(taehv: TAEHV) -> None:
+    frames = torch.rand(1, 9, 3, 24, 32)
+    with torch.no_grad():
+        filled = torch.cat([frames, frames[:, -1:].repeat(1, 3, 1, 1, 1)], 1)
+        assert torch.equal(taehv.encode_raw(frames), taehv.encode_raw(filled))
+        memory = taehv.new_memory(taehv.encoder)
+        parts = [taehv.encode_raw(part, memory) for part in filled.split(4, 1)]
+        assert close(torch.cat(parts, 1), taehv.encode_raw(filled))
+
+
+@pytest.mark.parametrize("shape", [(1, CHANNELS, 3, 4), (1, 2, CHANNELS + 1, 3, 4), (1, 0, CHANNELS, 3, 4)])
+def test_latents_of_another_shape_are_refused(decoder: StreamDecoder, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=str(list(shape))[1:-1]):
+        decoder.decode(torch.zeros(shape))
+
+
+def test_a_stream_keeps_its_shape(decoder: StreamDecoder) -> None:
+    decoder.decode(latents(2))
+    with pytest.raises(InvalidRequest, match="reset"):
+        decoder.decode(latents(2, batch=2))
+    decoder.reset()
+    decoder.decode(latents(2, batch=2))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 3, 24, 32), (1, 0, 3, 24, 32), (1, 5, 3, 20, 32), (5, 3, 24, 32), (1, 5, 1, 24, 32)]
+)
+def test_frames_of_another_shape_are_refused(
+    vae: AutoencoderKLWan, taehv: TAEHV, shape: tuple[int, ...]
+) -> None:
+    for encode, module in ((encode_wan, vae), (encode_taehv, taehv)):
+        with pytest.raises(InvalidRequest):
+            encode(module, torch.zeros(shape))
+
+
+def test_published_weights_with_larger_grow_layers(taehv: TAEHV) -> None:
+    """A published file may hold rows for two frames where the module makes one: the last rows count."""
+    weights = dict(taehv.state_dict())
+    grow = next(
+        key for key, tensor in weights.items() if key.endswith(".conv.weight") and key.startswith("decoder")
+    )
+    weights[grow] = torch.cat([torch.full_like(weights[grow], math.nan), weights[grow]])
+    loaded = TAEHV.from_published(weights).eval()
+    assert loaded.config["decoder_widths"] == taehv.config["decoder_widths"]
+    assert loaded.config["encoder_width"] == taehv.config["encoder_width"]
+    assert torch.equal(
+        TaehvStreamDecoder(loaded).decode(latents(2)), TaehvStreamDecoder(taehv).decode(latents(2))
+    )
+
+
+def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
+    weights = dict(taehv.state_dict())
+    with pytest.raises(WeightsError, match="not TAEHV"):
+        TAEHV.from_published({"a.weight": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="decoder.3.conv.2.bias"):
+        TAEHV.from_published(
+            {key: tensor for key, tensor in weights.items() if key != "decoder.3.conv.2.bias"}
+        )
+    with pytest.raises(WeightsError, match="unknown"):
+        TAEHV.from_published({**weights, "extra": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="decoder.3.conv.2.bias"):
+        TAEHV.from_published({**weights, "decoder.3.conv.2.bias": torch.zeros(5)})
+
+
+def test_taehv_folder_round_trip(taehv: TAEHV, tmp_path: object) -> None:
+    taehv.save_pretrained(tmp_path)
+    loaded = TAEHV.from_pretrained(tmp_path)
+    assert torch.equal(
+        TaehvStreamDecoder(loaded).decode(latents(3)), TaehvStreamDecoder(taehv).decode(latents(3))
+    )
+
+
+def test_unsupported_configs_are_refused() -> None:
+    patched = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12, patch_size=2
+    )
+    with pytest.raises(WeightsError, match="patch"):
+        WanStreamDecoder(patched)
+    with pytest.raises(WeightsError, match="stages"):
+        TAEHV(decoder_widths=(8, 8))
+    with pytest.raises(WeightsError, match="alike"):
+        TAEHV(decoder_widths=(8, 8, 8, 8), encoder_time_downscale=(True, True, True))
