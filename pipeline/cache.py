@@ -1,0 +1,273 @@
+"""The KV cache of a rollout: fixed buffers, a window with a sink, and positions that never run out.
+
+Every layer owns one buffer for keys and one for values, laid out in latent frames as
+
+    [ current block | sink | ring ]
+
+The block being denoised is always written to the front, so its slots never change between steps, and whatever is filled
+follows without a gap: attention reads one contiguous slice. When the next block begins, the current frames are copied to
+where they stay: the first `sink_frames` of a run to the sink for good, later ones into the ring, each over the oldest there.
+The order of keys means nothing to softmax, which is what makes this layout legal.
+
+Keys are stored rotated at their frame's position. `positions="relative"` turns the sink's keys once per block so that
+they sit directly in front of the oldest frame in the ring; no distance between a query and a key ever exceeds the window.
+With `"absolute"` they stay where they were, as the authors' code has it.
+
+All bookkeeping is in Python integers: no index tensor is read back from the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.attention import attention
+from pipeline.rotary import RotaryPositions, apply_rotary
+
+
+@dataclass(frozen=True)
+class CacheWindow:
+    """How much a cache remembers, in latent frames. Any sizes that leave room for a block are possible here."""
+
+    block_frames: int
+    """The largest block that will be written."""
+    window_frames: int
+    """Frames visible to attention, the current block and the sink included."""
+    sink_frames: int = 0
+    positions: Literal["relative", "absolute"] = "relative"
+
+    def __post_init__(self) -> None:
+        if self.sink_frames < 0 or self.block_frames < 1 or self.ring_frames < 0:
+            raise ValueError(
+                f"a window of {self.window_frames} frames cannot hold a sink of {self.sink_frames} and a block of "
+                f"{self.block_frames}"
+            )
+
+    @property
+    def ring_frames(self) -> int:
+        return self.window_frames - self.sink_frames - self.block_frames
+
+    @property
+    def total_frames(self) -> int:
+        return self.block_frames + self.sink_frames + self.ring_frames
+
+    def filled(self, finished: int) -> int:
+        """Frames in sink and ring after `finished` frames of a run."""
+        return min(finished, self.sink_frames + self.ring_frames)
+
+    def slot(self, frame: int) -> int | None:
+        """Where the run's frame number `frame` stays once its block is finished; None if it is not kept."""
+        if frame < self.sink_frames:
+            return self.block_frames + frame
+        if self.ring_frames == 0:
+            return None
+        return self.block_frames + self.sink_frames + (frame - self.sink_frames) % self.ring_frames
+
+    def sink_shift(self, start_frame: int) -> int:
+        """How far the sink is moved forward while the block that begins at `start_frame` is made."""
+        if self.positions == "absolute":
+            return 0
+        return max(0, start_frame - self.ring_frames - self.sink_frames)
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What one layer must do when a block is finished and the next one begins."""
+
+    copies: tuple[tuple[int, int, int], ...]
+    """(source, destination, count) in tokens; sources lie in the current block."""
+    sink_tokens: tuple[int, int] | None
+    """Tokens [begin, end) of the sink that are filled and must be turned, or None if they may stay as they are."""
+    sink_rotation: tuple[torch.Tensor, torch.Tensor] | None
+    sink_base: tuple[tuple[int, int, int], ...]
+    """Like `copies`, for the unmoved keys of frames that have just become part of the sink."""
+    current_begin: int
+    """First token of the new current block; it ends where the sink begins."""
+    visible_end: int
+    """End of the filled tokens for the new block."""
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, tokens, heads, head_dim]."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, sink_base: torch.Tensor, block_tokens: int) -> None:
+        self.key = key
+        self.value = value
+        self.sink_base = sink_base
+        self.block_tokens = block_tokens
+        self.current_begin = block_tokens
+        self.visible_end = block_tokens
+        self.pending: Advance | None = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Write the call's keys and values, and attend to all that is visible. Shapes [B, tokens, heads, head_dim]."""
+        if self.pending is None:
+            return self._attend_current(query, key, value)
+        # Merged call: the finished block's clean pass and the next block's first step in one forward. The halves see
+        # different windows, so they take turns; everything outside attention is done for both at once.
+        split = self.block_tokens - self.current_begin
+        finished = self._attend_current(query[:, :split], key[:, :split], value[:, :split])
+        self.advance(self.pending)
+        begun = self._attend_current(query[:, split:], key[:, split:], value[:, split:])
+        return torch.cat([finished, begun], dim=1)
+
+    def _attend_current(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.key[:, self.current_begin : self.block_tokens] = key
+        self.value[:, self.current_begin : self.block_tokens] = value
+        visible = slice(self.current_begin, self.visible_end)
+        return attention(query, self.key[:, visible], self.value[:, visible])
+
+    def advance(self, step: Advance) -> None:
+        """Move the current block to its lasting place and make room for the next one."""
+        for source, destination, count in step.copies:
+            self.key[:, destination : destination + count] = self.key[:, source : source + count]
+            self.value[:, destination : destination + count] = self.value[:, source : source + count]
+        for source, destination, count in step.sink_base:
+            self.sink_base[:, destination : destination + count] = self.key[:, source : source + count]
+        if step.sink_tokens is not None and step.sink_rotation is not None:
+            begin, end = step.sink_tokens
+            moved = apply_rotary(self.sink_base[:, : end - begin], step.sink_rotation)
+            self.key[:, begin:end] = moved
+        self.current_begin, self.visible_end = step.current_begin, step.visible_end
+        self.pending = None
+
+
+class KVCache:
+    """The caches of all layers and the place of the rollout in its video.
+
+    Usage: `reset()`, then per block `begin_block(n)` and any number of model calls on its n frames, the last of them on the
+    clean frames. With `begin_block(n, merged=True)` the finished block's clean call and the first call on the new block
+    are one call on both.
+
+    Args:
+        num_layers, batch, heads, head_dim: the model's.
+        frame_tokens: tokens per latent frame.
+        window: what is remembered.
+        rotary: positions of the model's token grid.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch: int,
+        frame_tokens: int,
+        heads: int,
+        head_dim: int,
+        window: CacheWindow,
+        rotary: RotaryPositions,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.window = window
+        self.batch = batch
+        self.frame_tokens = frame_tokens
+        self._rotary = rotary
+        self._device = torch.device(device)
+
+        def buffer(frames: int) -> torch.Tensor:
+            return torch.zeros(batch, frames * frame_tokens, heads, head_dim, device=device, dtype=dtype)
+
+        block_tokens = window.block_frames * frame_tokens
+        self.layers = [
+            LayerCache(buffer(window.total_frames), buffer(window.total_frames), buffer(window.sink_frames), block_tokens)
+            for _ in range(num_layers)
+        ]
+        self.reset()
+
+    def reset(self, first_position: int = 0) -> None:
+        """Forget everything. `first_position` is the rotary position of the run's first frame."""
+        self._first_position = first_position
+        self.start_frame = 0
+        """Frame number, within the run, of the current block's first frame."""
+        self.current_frames = 0
+        self._merging = 0
+        for layer in self.layers:
+            layer.current_begin = layer.visible_end = layer.block_tokens
+            layer.pending = None
+
+    def begin_block(self, num_frames: int, *, merged: bool = False) -> None:
+        """Keep the current block as it was last written, and begin one of `num_frames` behind it.
+
+        With `merged`, the current block is kept only in the middle of the next model call, which gets its clean frames
+        followed by those of the new block.
+        """
+        if not 1 <= num_frames <= self.window.block_frames:
+            raise ValueError(f"a block of {num_frames} frames does not fit the cache's {self.window.block_frames}")
+        if merged and not self.current_frames:
+            raise ValueError("there is no finished block to merge with: this is the first one")
+        step = self._plan(num_frames)
+        if merged:
+            self._merging = self.current_frames
+        for layer in self.layers:
+            if merged:
+                layer.pending = step
+            else:
+                layer.advance(step)
+        self.start_frame += self.current_frames
+        self.current_frames = num_frames
+
+    def positions(self, num_frames: int) -> range:
+        """Rotary positions for the frames of the next call; names both numbers if the call does not fit."""
+        expected = self._merging + self.current_frames
+        if num_frames != expected:
+            raise ValueError(f"the model was called on {num_frames} frames, but the cache expects {expected}")
+        start = self._first_position + self.start_frame - self._merging
+        return range(start, start + num_frames)
+
+    def end_call(self) -> None:
+        """Told by the model when all layers are done."""
+        self._merging = 0
+
+    def in_order(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer in the order of their frames, the current block last. For tests and tools."""
+        finished = self.start_frame
+        kept = [f for f in range(finished) if f < self.window.sink_frames or f >= finished - self.window.ring_frames]
+        slots = [self.window.slot(frame) for frame in kept]
+        slots += range(self.window.block_frames - self.current_frames, self.window.block_frames)
+        tokens = torch.cat(
+            [torch.arange(self.frame_tokens) + slot * self.frame_tokens for slot in slots if slot is not None]
+        ).to(self._device)
+        return self.layers[layer].key[:, tokens], self.layers[layer].value[:, tokens]
+
+    def _plan(self, num_frames: int) -> Advance:
+        window, tokens = self.window, self.frame_tokens
+        finished = self.start_frame + self.current_frames
+        front = window.block_frames - self.current_frames
+        copies: list[tuple[int, int, int]] = []
+        base: list[tuple[int, int, int]] = []
+        for offset in range(self.current_frames):
+            frame = self.start_frame + offset
+            slot = window.slot(frame)
+            # A block longer than the ring would write some slots twice; only the newest frame of each counts.
+            if slot is None or (frame >= window.sink_frames and frame < finished - window.ring_frames):
+                continue
+            copies.append(((front + offset) * tokens, slot * tokens, tokens))
+            if frame < window.sink_frames:
+                base.append(((front + offset) * tokens, frame * tokens, tokens))
+        shift = window.sink_shift(finished)
+        moves = window.sink_frames > 0 and shift > 0
+        block_tokens = window.block_frames * tokens
+        return Advance(
+            copies=_coalesce(copies),
+            sink_base=_coalesce(base) if window.positions == "relative" else (),
+            sink_tokens=(block_tokens, block_tokens + window.sink_frames * tokens) if moves else None,
+            sink_rotation=self._rotary.temporal_shift(shift, self._device) if moves else None,
+            current_begin=(window.block_frames - num_frames) * tokens,
+            visible_end=block_tokens + window.filled(finished) * tokens,
+        )
+
+
+def _coalesce(copies: list[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Join copies whose sources and destinations both follow on."""
+    joined: list[tuple[int, int, int]] = []
+    for source, destination, count in copies:
+        if joined:
+            last_source, last_destination, last_count = joined[-1]
+            if (last_source + last_count, last_destination + last_count) == (source, destination):
+                joined[-1] = (last_source, last_destination, last_count + count)
+                continue
+        joined.append((source, destination, count))
+    return tuple(joined)

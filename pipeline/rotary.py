@@ -1,0 +1,83 @@
+"""Three-dimensional rotary positions (frame, row, column), computed for the frames at hand instead of looked up.
+
+Wan splits a head's channel pairs into a temporal, a vertical and a horizontal part, each with its own frequency ladder, and
+rotates two adjacent channels as one complex number. Published code slices a table of 1024 frames and fails, or silently
+repeats the last row, when a long video runs past its end. Here the angles of a block are computed from the frame number in
+double precision: there is no last frame, and frame 1,000,000 is as exact as frame 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, float32, broadcastable to [B, tokens, heads, head_dim / 2]."""
+
+
+class RotaryPositions:
+    """Angles for tokens on a grid of `rows` x `columns` per frame.
+
+    Args:
+        head_dim: channels of one attention head.
+        rows, columns: tokens of one latent frame after patching.
+        theta: base of the frequency ladders.
+    """
+
+    def __init__(self, head_dim: int, rows: int, columns: int, theta: float = 10000.0) -> None:
+        spatial = 2 * (head_dim // 6)
+        self._temporal_freqs = _frequencies(head_dim - 2 * spatial, theta)
+        freqs = _frequencies(spatial, theta)
+        row_angles = torch.outer(torch.arange(rows, dtype=torch.float64), freqs)
+        column_angles = torch.outer(torch.arange(columns, dtype=torch.float64), freqs)
+        self._spatial_angles = torch.cat(
+            [
+                row_angles[:, None].expand(rows, columns, -1),
+                column_angles[None].expand(rows, columns, -1),
+            ],
+            dim=-1,
+        ).flatten(0, 1)  # [tokens, pairs]
+
+    def __call__(self, frames: Sequence[int], device: torch.device | str = "cpu") -> Rotation:
+        """Rotation of all tokens of the given frame positions, in order: two [1, F * tokens, 1, head_dim / 2]."""
+        temporal = torch.outer(torch.tensor(frames, dtype=torch.float64), self._temporal_freqs)
+        tokens = len(self._spatial_angles)
+        angles = torch.cat(
+            [
+                temporal[:, None].expand(-1, tokens, -1),
+                self._spatial_angles[None].expand(len(frames), -1, -1),
+            ],
+            dim=-1,
+        ).flatten(0, 1)
+        return _rotation(angles[None, :, None], device)
+
+    def temporal_shift(self, frames: int, device: torch.device | str = "cpu") -> Rotation:
+        """Rotation that moves already rotated keys by `frames` in time and leaves rows and columns alone."""
+        pairs = len(self._temporal_freqs) + self._spatial_angles.shape[-1]
+        angles = torch.zeros(pairs, dtype=torch.float64)
+        angles[: len(self._temporal_freqs)] = frames * self._temporal_freqs
+        return _rotation(angles[None, None, None], device)
+
+
+@lru_cache(maxsize=32)
+def rotary_positions(head_dim: int, rows: int, columns: int) -> RotaryPositions:
+    """Shared instance for a grid: the spatial half is the same in every call."""
+    return RotaryPositions(head_dim, rows, columns)
+
+
+def apply_rotary(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim]; computed in float32, returned in x's dtype."""
+    cos, sin = rotation
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def _frequencies(channels: int, theta: float) -> torch.Tensor:
+    return theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+
+
+def _rotation(angles: torch.Tensor, device: torch.device | str) -> Rotation:
+    return angles.cos().float().to(device), angles.sin().float().to(device)
