@@ -55,10 +55,8 @@ class WanStreamDecoder:
         if starts:
             self._mean, self._inverse_std = _statistics(self._vae, latents)
         latents = latents / self._inverse_std + self._mean
-        weights = self._vae.post_quant_conv.weight
-        hidden = self._vae.post_quant_conv(
-            latents.to(device=weights.device, dtype=weights.dtype).transpose(1, 2)
-        )
+        latents = latents.to(device=self._vae.device, dtype=self._vae.dtype)
+        hidden = self._vae.post_quant_conv(latents.transpose(1, 2))
         parts: list[Tensor] = []
         for latent in hidden.split(1, dim=2):
             first = starts and not parts
@@ -97,8 +95,7 @@ def encode_wan(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     _require_plain_pixels(vae)
     stride = vae.config.scale_factor_temporal
     _check_frames(frames, stride, vae.config.scale_factor_spatial)
-    weights = vae.quant_conv.weight
-    pixels = frames.to(device=weights.device, dtype=weights.dtype).mul(2).sub(1).transpose(1, 2)
+    pixels = frames.to(device=vae.device, dtype=vae.dtype).mul(2).sub(1).transpose(1, 2)
     cache: list[Tensor | None] = [None] * _count_causal(vae.encoder)
     groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)] if frames.shape[1] > 1 else [pixels]
     hidden = torch.cat([vae.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups], 2)

@@ -217,13 +217,13 @@ def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
     weights = dict(taehv.state_dict())
     with pytest.raises(WeightsError, match="not TAEHV"):
         TAEHV.from_published({"a.weight": torch.zeros(1)})
-    with pytest.raises(WeightsError, match="decoder.3.conv.2.bias"):
+    with pytest.raises(WeightsError, match=r"decoder\.3\.conv\.2\.bias"):
         TAEHV.from_published(
             {key: tensor for key, tensor in weights.items() if key != "decoder.3.conv.2.bias"}
         )
     with pytest.raises(WeightsError, match="unknown"):
         TAEHV.from_published({**weights, "extra": torch.zeros(1)})
-    with pytest.raises(WeightsError, match="decoder.3.conv.2.bias"):
+    with pytest.raises(WeightsError, match=r"decoder\.3\.conv\.2\.bias"):
         TAEHV.from_published({**weights, "decoder.3.conv.2.bias": torch.zeros(5)})
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.taehv import TAEHV
-from tests.parity.report import Row
+from tests.parity.report import Row, largest_error
 
 __all__ = ["CASES", "check_taehv_formula", "check_taehv_small", "check_wan_vae_small"]
 
@@ -62,7 +62,7 @@ def check_wan_vae_small(path: Path) -> list[Row]:
     )
     frames = tensors["encode_in"].transpose(1, 2).add(1).div(2)
     encoded = tensors["encode_out"]
-    return [*rows, Row("encode", _distance(encode_wan(vae, frames), encoded), TOLERANCE)]
+    return [*rows, Row("encode", largest_error(encode_wan(vae, frames), encoded), TOLERANCE)]
 
 
 def _check_taehv(taehv: TAEHV, tensors: dict[str, Tensor]) -> list[Row]:
@@ -71,11 +71,11 @@ def _check_taehv(taehv: TAEHV, tensors: dict[str, Tensor]) -> list[Row]:
     rows = []
     with torch.no_grad():
         raw = taehv.decode_raw(latents)
-        rows.append(Row("decode raw", _distance(raw, tensors["raw_untrimmed_unclamped"]), TOLERANCE))
+        rows.append(Row("decode raw", largest_error(raw, tensors["raw_untrimmed_unclamped"]), TOLERANCE))
         rows += _check_splits(TaehvStreamDecoder(taehv), latents, tensors["full_trimmed_clamped"])
         if "encode_in" in tensors:
             encoded = taehv.encode_raw(tensors["encode_in"])
-            rows.append(Row("encode", _distance(encoded, tensors["encode_out"]), TOLERANCE))
+            rows.append(Row("encode", largest_error(encoded, tensors["encode_out"]), TOLERANCE))
     return rows
 
 
@@ -87,7 +87,7 @@ def _check_splits(
     for name, sizes in _splits(latents.shape[1], block):
         decoder.reset()
         frames = torch.cat([decoder.decode(part) for part in latents.split(sizes, 1)], 1)
-        rows.append(Row(f"decode {name}", _distance(frames, expected) * scale, TOLERANCE))
+        rows.append(Row(f"decode {name}", largest_error(frames, expected) * scale, TOLERANCE))
     return rows
 
 
@@ -98,14 +98,6 @@ def _splits(count: int, block: int | None) -> Iterator[tuple[str, list[int]]]:
     if count > 2:
         yield "1 + rest", [1, count - 1]
         yield "rest + 1", [count - 1, 1]
-
-
-def _distance(got: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; infinity for another shape or for values that are not finite."""
-    if got.shape != expected.shape:
-        return math.inf
-    error = (got.double() - expected.double()).abs().max().item()
-    return error if math.isfinite(error) else math.inf
 
 
 def _formula_weights(shapes: dict[str, list[int]], raised_bias: str) -> dict[str, Tensor]:
