@@ -56,7 +56,7 @@ TIME_PHRASES: dict[str, tuple[str, ...]] = {
         "in the evening",
         "at dusk",
         "under an orange sky",
-        "at golden hour",
+        "at sundown",
     ),
     "night": (
         "at night",
