@@ -1,0 +1,76 @@
+"""Prompts to embeddings: UMT5, the reference's padding, and a small memory of what was encoded before."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from pipeline.config import clean_prompt
+
+
+class TextEncoder:
+    """Encodes prompts to [B, text_len, text_dim], zero after the end token.
+
+    Args:
+        model: the UMT5 encoder, large or small.
+        tokenizer: right-padding, adding an end token.
+        text_len: rows of the result, whatever the prompt's length; longer prompts are cut.
+        remembered: how many embeddings to keep. A prompt that is asked for again costs nothing.
+    """
+
+    def __init__(
+        self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_len: int, remembered: int = 16
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+        self._remembered = remembered
+        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str) -> torch.Tensor:
+        """Embedding [1, text_len, text_dim] of one prompt, in the encoder's dtype and on its device."""
+        prompt = clean_prompt(prompt)
+        if prompt in self._embeddings:
+            self._embeddings.move_to_end(prompt)
+        else:
+            self._embeddings[prompt] = self.encode([prompt])
+            while len(self._embeddings) > self._remembered:
+                self._embeddings.popitem(last=False)
+        return self._embeddings[prompt]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embeddings [B, text_len, text_dim] of several prompts, without remembering them."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        hidden = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        # The encoder leaves something in padded rows; the video model was trained on zeros there, unmasked.
+        return hidden * tokens.attention_mask.unsqueeze(-1).to(hidden.dtype)
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The words a small model knows; empty when the tokenizer can spell any word."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not isinstance(backend.model, WordLevel):
+            return frozenset()
+        return frozenset(word for word in backend.get_vocab(with_added_tokens=False) if word.isalpha())
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the model has never seen and ignores, in order, each once."""
+        vocabulary = self.vocabulary
+        if not vocabulary:
+            return []
+        words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", clean_prompt(prompt).lower())
+        return [word for word in dict.fromkeys(words) if word not in vocabulary]
