@@ -1,0 +1,97 @@
+"""A video's recipe: everything it takes to make the same video again, kept inside the video file itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.blocks import RunInfo
+from pipeline.config import GenerationRequest
+from pipeline.errors import VideoError
+from pipeline.mp4 import read_comment
+
+RECIPE_FORMAT = "self-forcing-recipe"
+RECIPE_VERSION = 1
+
+_PACKAGES = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
+
+
+def build_recipe(run: RunInfo, num_frames: int) -> dict[str, Any]:
+    """The recipe of a video of which `num_frames` frames exist (fewer than `run.num_frames` if it was stopped)."""
+    request = run.request
+    return {
+        "format": RECIPE_FORMAT,
+        "version": RECIPE_VERSION,
+        "prompt": request.prompt,
+        "seed": run.seed,
+        "model": run.model,
+        "weights_sha256": run.weights_sha256,
+        "settings": {
+            "seconds": request.seconds,
+            "fps": run.fps,
+            "taehv": request.taehv,
+            "fp8": request.fp8,
+            "compile": request.compile,
+        },
+        "applied": dict(run.applied),
+        "frames": num_frames,
+        "complete": num_frames >= run.num_frames,
+        "versions": _versions(),
+    }
+
+
+def request_from_recipe(recipe: dict[str, Any]) -> GenerationRequest:
+    """The request that makes the recipe's video again.
+
+    Raises:
+        VideoError: a field is missing or this is no recipe of ours.
+        InvalidRequest: a field has a value that is not allowed.
+    """
+    if recipe.get("format") != RECIPE_FORMAT or recipe.get("version") != RECIPE_VERSION:
+        raise VideoError("The recipe was written by another program or by a newer version of this one.")
+    try:
+        settings = recipe["settings"]
+        return GenerationRequest(
+            prompt=recipe["prompt"],
+            seed=recipe["seed"],
+            seconds=settings["seconds"],
+            fps=settings["fps"],
+            taehv=settings["taehv"],
+            fp8=settings["fp8"],
+            compile=settings["compile"],
+        )
+    except (KeyError, TypeError) as error:
+        raise VideoError("The recipe is incomplete.") from error
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read the recipe out of an MP4 file made here.
+
+    Raises:
+        VideoError: the file cannot be read, is no MP4 file, or holds no recipe.
+    """
+    try:
+        comment = read_comment(Path(path))
+    except OSError as error:
+        raise VideoError(f"The video file cannot be read ({error.strerror}).") from error
+    try:
+        recipe = json.loads(comment or "")
+    except (ValueError, RecursionError):  # text that nests too deeply is no recipe either
+        recipe = None
+    if not isinstance(recipe, dict) or recipe.get("format") != RECIPE_FORMAT:
+        raise VideoError("This video holds no recipe: it was not made here, or another program saved it again.")
+    return recipe
+
+
+def _versions() -> dict[str, str]:
+    # From the installed packages' notes, not by importing them: torch alone would take seconds.
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

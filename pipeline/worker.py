@@ -1,0 +1,392 @@
+"""The model thread: one long-lived thread owns the model, everybody else talks to it through queues.
+
+A generator that holds a model cannot be handed to a web server as it is: the server drives it from several threads and
+closes it on the thread of its event loop, in the middle of whatever the model is doing. So the model never leaves the
+thread it was loaded on. A `Run` is the other end: an iterator of blocks that can be stopped, closed or simply dropped
+without the model ever waiting for its consumer for longer than the run's deadline.
+
+    worker = ModelWorker(lambda: SelfForcingPipeline.from_pretrained(folder))
+    with worker.submit(GenerationRequest(prompt="a red balloon")) as run:
+        for block in run:
+            show(block.frames)
+
+This module knows nothing of torch: it imports in milliseconds and works with any `StreamingPipeline`.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Self, cast
+
+from pipeline.blocks import FrameBlock, StreamingPipeline
+from pipeline.config import GenerationRequest
+from pipeline.control import RunControl
+from pipeline.errors import Cancelled, OutOfMemory, SelfForcingError
+
+logger = logging.getLogger(__name__)
+
+QUEUE_BLOCKS = 2
+"""Finished blocks that wait for their consumer; the model makes at most one more, then rests."""
+
+_POLL_SECONDS = 0.5
+"""How often a waiting thread looks whether the other side is still there."""
+
+
+class ModelWorker:
+    """Owns a pipeline and runs one request at a time, in the order of submission.
+
+    Args:
+        pipeline: A `StreamingPipeline`, or a function that loads one. The function is called on the model thread, at
+            once; `wait_ready` tells how it went, and runs submitted meanwhile wait for it.
+    """
+
+    def __init__(self, pipeline: StreamingPipeline | Callable[[], StreamingPipeline]) -> None:
+        self._source = pipeline
+        self._pipeline: StreamingPipeline | None = None
+        self._load_error: BaseException | None = None
+        self._loaded = threading.Event()
+        self._lock = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._current: _Job | None = None
+        self._closed = False
+        self._thread = self._started_thread()
+
+    def wait_ready(self, timeout: float | None = None) -> StreamingPipeline:
+        """Return the loaded pipeline.
+
+        Raises:
+            TimeoutError: it is still loading after `timeout` seconds.
+            Exception: whatever loading raised.
+        """
+        if not self._loaded.wait(timeout):
+            raise TimeoutError("The model is still loading.")
+        if self._load_error is not None:
+            raise self._load_error
+        return cast(StreamingPipeline, self._pipeline)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run has the model now."""
+        return self._current is not None
+
+    def submit(self, request: GenerationRequest, max_seconds: float | None = None) -> Run:
+        """Queue one clip. Returns at once; the clip is made whether or not the returned run is being read.
+
+        Args:
+            request: What to make.
+            max_seconds: Longest time the run may have the model, counted from its own start. After that its iteration
+                raises `DeadlineExceeded`.
+        """
+        job = _Job(request, max_seconds)
+        with self._lock:
+            if self._closed:
+                raise SelfForcingError("The model has been shut down. Start the program again.")
+            self._waiting.append(job)
+            self._revive()
+            self._lock.notify_all()
+        return Run(self, job)
+
+    def close(self, timeout: float | None = 5.0) -> bool:
+        """Stop the current run, refuse the waiting ones and end the thread. Returns whether it ended within `timeout`."""
+        with self._lock:
+            self._closed = True
+            jobs = [*self._waiting, *([self._current] if self._current else [])]
+            self._waiting.clear()
+            self._lock.notify_all()
+        for job in jobs:
+            job.stop()
+            if job is not self._current:
+                job.end(Cancelled("The model was shut down before this run began."))
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ---- on the model thread
+
+    def _started_thread(self) -> threading.Thread:
+        # A daemon: a program that wants to end must not wait for a model in the middle of a long step.
+        thread = threading.Thread(target=self._work, name="model", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self) -> None:
+        if not self._loaded.is_set():
+            self._load()
+        while (job := self._next_job()) is not None:
+            try:
+                self._run(job)
+            finally:
+                with self._lock:
+                    self._current = None
+            del job  # or it would keep the last run's blocks alive until the next one comes
+
+    def _load(self) -> None:
+        try:
+            source = self._source
+            self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
+        except Exception as error:
+            self._load_error = error
+            logger.exception("The model could not be loaded")
+        except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
+            self._load_error = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
+            logger.exception("The model could not be loaded")
+        finally:
+            self._loaded.set()
+
+    def _next_job(self) -> _Job | None:
+        with self._lock:
+            while not self._waiting:
+                if self._closed:
+                    return None
+                self._lock.wait()
+            self._current = self._waiting.popleft()
+            return self._current
+
+    def _run(self, job: _Job) -> None:
+        error: BaseException | None = None
+        try:
+            if self._load_error is not None:
+                raise self._load_error
+            with job.started() as control:
+                stream = cast(StreamingPipeline, self._pipeline).stream(job.request)
+                try:
+                    for block in stream:
+                        job.hand_over(block)
+                        if not _is_last(block):
+                            control.check()
+                finally:
+                    # The model's own cleanup must happen here and now, on this thread.
+                    if (close := getattr(stream, "close", None)) is not None:
+                        close()
+        except Cancelled:
+            pass
+        except BaseException as caught:  # noqa: BLE001 - SystemExit and the like, too: the thread outlives every run
+            error = _presentable(caught, job)
+        job.end(error)
+
+    # ---- when the thread itself is gone
+
+    def _revive(self) -> None:
+        """Start a new thread if the old one died (nothing in a run can kill it, but an interpreter can). Holds the lock."""
+        if not self._thread.is_alive() and not self._closed:
+            logger.error("The model thread was gone; starting a new one")
+            if self._current is not None:
+                self._current.end(_thread_died())
+                self._current = None
+            self._thread = self._started_thread()
+
+    def _attend(self, job: _Job) -> None:
+        """Called by whoever waits for `job`: a job that nobody works on any more must not be waited for."""
+        with self._lock:
+            if self._thread.is_alive() or job.ended:
+                return
+            if job in self._waiting:
+                self._revive()
+            else:
+                job.end(_thread_died())
+
+
+class Run:
+    """One request on its way through the model: an iterator of `FrameBlock`.
+
+    Iterating raises the run's error, after the blocks made before it. A stopped run ends without an error. Dropping the
+    last reference to a run closes it.
+    """
+
+    def __init__(self, worker: ModelWorker, job: _Job) -> None:
+        self._worker = worker
+        self._job = job
+        # The job, not the run, is what the model thread holds; so a forgotten run is noticed here.
+        weakref.finalize(self, job.close).atexit = False
+
+    @property
+    def id(self) -> str:
+        """Short name of this run, as in the log."""
+        return self._job.id
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self._job.request
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` or `close` was called."""
+        return self._job.stop_asked
+
+    @property
+    def begun(self) -> bool:
+        """Whether the model has taken this run up."""
+        return self._job.control is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model is done with this run; blocks may still wait to be read."""
+        return self._job.ended
+
+    def stop(self) -> None:
+        """End at the next denoising step. Blocks already made still arrive. Returns at once."""
+        self._job.stop()
+
+    def close(self) -> None:
+        """As `stop`, and throw away what was not read. Returns at once."""
+        self._job.close()
+
+    def __iter__(self) -> Iterator[FrameBlock]:
+        return self
+
+    def __next__(self) -> FrameBlock:
+        block = self._job.take(self._worker._attend)
+        if block is None:
+            raise StopIteration
+        return block
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class _Job:
+    """What the model thread and a run's consumer share."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, request: GenerationRequest, max_seconds: float | None) -> None:
+        self.id = f"run-{next(self._numbers)}"
+        self.request = request
+        self.control: RunControl | None = None
+        self.stop_asked = False
+        self.ended = False
+        self._max_seconds = max_seconds
+        self._deadline: float | None = None
+        self._closed = False
+        self._error: BaseException | None = None
+        self._blocks: deque[FrameBlock] = deque()
+        self._changed = threading.Condition()
+
+    def stop(self) -> None:
+        with self._changed:
+            self.stop_asked = True
+            if self.control is not None:
+                self.control.cancel()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.stop()
+        with self._changed:
+            self._closed = True
+            self._blocks.clear()
+            self._changed.notify_all()
+
+    def started(self) -> AbstractContextManager[RunControl]:
+        """Begin the run: from here its deadline counts. Returns the context in which the model sees the control."""
+        with self._changed:
+            self.control = RunControl(self._max_seconds)
+            if self._max_seconds is not None:
+                self._deadline = time.monotonic() + self._max_seconds
+            if self.stop_asked:
+                self.control.cancel()
+            self.control.check()
+        return self.control.active()
+
+    def hand_over(self, block: FrameBlock) -> None:
+        """Model side: queue a block, waiting while the consumer is behind, but never for one that has gone."""
+        with self._changed:
+            while len(self._blocks) >= QUEUE_BLOCKS and not self.stop_asked:
+                wait = None if self._deadline is None else self._deadline - time.monotonic()
+                if wait is not None and wait <= 0:
+                    break
+                self._changed.wait(wait)
+            if not self._closed:
+                self._blocks.append(block)
+                self._changed.notify_all()
+
+    def take(self, attend: Callable[[_Job], None]) -> FrameBlock | None:
+        """Consumer side: the next block, or None at the end. Raises the run's error."""
+        with self._changed:
+            while not (self._blocks or self.ended or self._closed):
+                if not self._changed.wait(_POLL_SECONDS):
+                    self._changed.release()  # `attend` takes the worker's lock first
+                    try:
+                        attend(self)
+                    finally:
+                        self._changed.acquire()
+            if self._blocks:
+                block = self._blocks.popleft()
+                self._changed.notify_all()
+                return block
+            if self._error is not None and not self._closed:
+                raise self._error
+            return None
+
+    def end(self, error: BaseException | None = None) -> None:
+        with self._changed:
+            if not self.ended:
+                self.ended = True
+                self._error = error
+                self._changed.notify_all()
+
+
+def _is_last(block: FrameBlock) -> bool:
+    run = getattr(block, "run", None)
+    return run is not None and block.index + 1 >= run.num_blocks
+
+
+def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
+    """What the visitor is told of an error in the model. The log gets the whole of it; memory gets back what it held."""
+    expected = isinstance(error, SelfForcingError)
+    if not expected or isinstance(error, OutOfMemory):
+        logger.error("%s failed", job.id, exc_info=error)
+    # The trace keeps every local variable of the failed step alive, and with them the very tensors that did not fit.
+    traceback.clear_frames(error.__traceback__)
+    if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
+        free_memory()
+        if isinstance(error, OutOfMemory):
+            return error
+        return OutOfMemory(
+            "The device ran out of memory. Ask for a shorter video, or switch on TAEHV or FP8; the next run starts clean."
+        )
+    if expected:
+        return cast(SelfForcingError, error)
+    failure = SelfForcingError(
+        f"The model failed unexpectedly ({type(error).__name__}, {job.id}). Try again; the log holds the details."
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # On a CPU torch has no class of its own for it.
+    return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Give unused memory back to the device."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _thread_died() -> SelfForcingError:
+    return SelfForcingError("The model stopped working in the middle of this run. Try again: it has been restarted.")

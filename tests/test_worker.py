@@ -1,0 +1,302 @@
+"""The model thread: order, stopping at every place, errors of every kind, consumers that misbehave."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import GenerationRequest
+from pipeline.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NonFiniteOutput,
+    OutOfMemory,
+    SelfForcingError,
+)
+from pipeline.worker import QUEUE_BLOCKS, ModelWorker
+from tests.scripted import SPEC, ScriptedPipeline, read_code
+
+TINY = replace(SPEC, height=24, width=64)  # painting is what takes the time here
+REQUEST = GenerationRequest(prompt="a red ball", seed=7, seconds=4)
+NUM_FRAMES = 69
+NUM_BLOCKS = 6
+
+
+@pytest.fixture
+def pipeline() -> ScriptedPipeline:
+    return ScriptedPipeline(spec=TINY)
+
+
+@pytest.fixture
+def worker(pipeline: ScriptedPipeline):
+    with ModelWorker(pipeline) as worker:
+        yield worker
+
+
+def codes(blocks) -> list[int]:
+    return [read_code(picture) for block in blocks for picture in block.frames]
+
+
+def wait_until(condition, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def test_blocks_arrive_in_order_and_whole(worker: ModelWorker) -> None:
+    run = worker.submit(REQUEST)
+    blocks = list(run)
+    assert [block.index for block in blocks] == list(range(NUM_BLOCKS))
+    assert codes(blocks) == list(range(NUM_FRAMES))
+    assert run.ended and not run.stopped
+    assert list(run) == []
+
+
+def test_one_thread_owns_the_model(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    for _ in range(3):
+        list(worker.submit(REQUEST))
+    assert len(pipeline.threads) == 1 and threading.get_ident() not in pipeline.threads
+
+
+def test_runs_are_served_in_turn(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    runs = [worker.submit(replace(REQUEST, seed=seed)) for seed in (1, 2, 3)]
+    results: dict[int, list[int]] = {}
+    readers = [
+        threading.Thread(target=lambda n=n, run=run: results.update({n: codes(run)})) for n, run in enumerate(runs)
+    ]
+    for reader in reversed(readers):
+        reader.start()
+    for reader in readers:
+        reader.join(20)
+    assert results == {n: list(range(NUM_FRAMES)) for n in range(3)}
+    assert [request.seed for request in pipeline.requests] == [1, 2, 3]
+    assert all(end <= begin for (_, end), (begin, _) in zip(pipeline.intervals, pipeline.intervals[1:], strict=False))
+
+
+@pytest.mark.parametrize("at", [(block, step) for block in range(3) for step in range(4)])
+def test_stop_takes_effect_at_the_next_step(worker: ModelWorker, pipeline: ScriptedPipeline, at) -> None:
+    steps = []
+
+    def on_step(block: int, step: int) -> None:
+        steps.append((block, step))
+        if (block, step) == at:
+            run.stop()
+
+    ready = threading.Event()
+    pipeline.on_step = lambda *where: (ready.wait(5), on_step(*where))
+    run = worker.submit(REQUEST)
+    ready.set()
+    blocks = list(run)
+    assert steps[-1] == at
+    assert [block.index for block in blocks] == list(range(at[0])), "finished blocks still arrive"
+    assert run.stopped
+    pipeline.on_step = None
+    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
+
+
+def test_a_run_stopped_before_its_turn_never_begins(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.02
+    first, second = worker.submit(REQUEST), worker.submit(REQUEST)
+    second.stop()
+    second.stop()
+    assert codes(first) == list(range(NUM_FRAMES))
+    assert list(second) == []
+    assert len(pipeline.requests) == 1
+
+
+def test_stop_after_the_end_changes_nothing(worker: ModelWorker) -> None:
+    run = worker.submit(REQUEST)
+    blocks = list(run)
+    run.stop()
+    run.close()
+    assert len(blocks) == NUM_BLOCKS
+
+
+def test_close_is_instant_even_in_the_middle_of_a_step(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.3
+    run = worker.submit(REQUEST)
+    wait_until(lambda: run.begun)
+    begun = time.perf_counter()
+    run.close()
+    assert time.perf_counter() - begun < 0.05
+    assert list(run) == []
+    wait_until(lambda: not worker.busy)
+    assert len(pipeline.made) == 0
+
+
+def test_leaving_the_with_block_stops_the_run(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.02
+    with worker.submit(REQUEST) as run:
+        next(iter(run))
+    wait_until(lambda: not worker.busy)
+    assert len(pipeline.made) < NUM_BLOCKS
+
+
+def test_a_dropped_run_stops(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.02
+    run = worker.submit(replace(REQUEST, seconds=60))
+    next(run)
+    del run
+    gc.collect()
+    wait_until(lambda: not worker.busy)
+    assert len(pipeline.made) < 10
+
+
+def test_a_stalled_consumer_lets_the_model_run_only_so_far(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    run = worker.submit(replace(REQUEST, seconds=60))
+    wait_until(lambda: len(pipeline.made) == QUEUE_BLOCKS + 1)
+    time.sleep(0.2)
+    assert len(pipeline.made) == QUEUE_BLOCKS + 1
+    next(run)
+    wait_until(lambda: len(pipeline.made) == QUEUE_BLOCKS + 2)
+    run.stop()
+    assert [block.index for block in run] == [1, 2, 3]
+
+
+def test_a_consumer_that_never_reads_loses_the_model_at_the_deadline(worker: ModelWorker) -> None:
+    abandoned = worker.submit(replace(REQUEST, seconds=60), max_seconds=0.3)
+    begun = time.monotonic()
+    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
+    assert time.monotonic() - begun < 5
+    with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+        list(abandoned)
+
+
+def test_deadline_keeps_the_blocks_made_before_it(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.03
+    blocks = []
+    with pytest.raises(DeadlineExceeded):
+        blocks.extend(worker.submit(replace(REQUEST, seconds=60), max_seconds=0.5))
+    assert blocks and codes(blocks) == list(range(len(codes(blocks))))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), OutOfMemory),
+        (OutOfMemory("It does not fit."), OutOfMemory),
+        (NonFiniteOutput("Block 1 has NaN."), NonFiniteOutput),
+        (InvalidRequest("No."), InvalidRequest),
+        (RuntimeError("shape mismatch in /srv/secret/model.py"), SelfForcingError),
+        (SystemExit(3), SelfForcingError),
+        (KeyboardInterrupt(), SelfForcingError),
+        (GeneratorExit(), SelfForcingError),
+        (StopIteration(), SelfForcingError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_reaches_its_run_and_no_other(worker, pipeline, fault, expected, place) -> None:
+    pipeline.faults[place] = fault
+    blocks = []
+    with pytest.raises(expected) as caught:
+        blocks.extend(worker.submit(REQUEST))
+    assert len(blocks) == place[0]
+    assert "/srv" not in str(caught.value)
+    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
+    assert len(pipeline.threads) == 1
+
+
+def test_torch_out_of_memory_is_recognised_and_memory_freed(worker, pipeline, monkeypatch) -> None:
+    torch = pytest.importorskip("torch")
+    held = []
+
+    class Big:
+        """Stands for the tensors of the failed step."""
+
+    def allocate(block: int, step: int) -> None:
+        big = Big()
+        held.append(weakref.ref(big))
+        if (block, step) == (1, 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    pipeline.on_step = allocate
+    with pytest.raises(OutOfMemory, match="shorter video"):
+        list(worker.submit(REQUEST))
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
+def test_twenty_errors_in_a_row_leave_no_thread_behind(worker, pipeline) -> None:
+    threads = threading.active_count()
+    for _ in range(20):
+        pipeline.faults[0, 1] = MemoryError()
+        with pytest.raises(OutOfMemory):
+            list(worker.submit(REQUEST))
+    assert threading.active_count() == threads
+    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_is_noticed_and_replaced(worker, pipeline, monkeypatch) -> None:
+    pipeline.step_seconds = 0.05
+    run, waiting = worker.submit(REQUEST), worker.submit(REQUEST)
+    next(run)
+    # The first exception comes from outside and ends the run; the second hits the thread's own code and kills it.
+    monkeypatch.setattr(worker, "_run", lambda job: sys.exit(1))
+    (ident,) = pipeline.threads
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
+    with pytest.raises(SelfForcingError, match="failed unexpectedly"):
+        list(run)
+    monkeypatch.undo()
+    with pytest.raises(SelfForcingError, match="restarted"):
+        list(waiting)
+    pipeline.step_seconds = 0
+    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
+
+
+def test_the_model_is_loaded_on_its_own_thread() -> None:
+    threads = []
+
+    def load() -> ScriptedPipeline:
+        threads.append(threading.get_ident())
+        time.sleep(0.1)
+        return ScriptedPipeline(spec=TINY)
+
+    with ModelWorker(load) as worker:
+        run = worker.submit(REQUEST)  # before it is ready
+        with pytest.raises(TimeoutError):
+            worker.wait_ready(0)
+        assert codes(run) == list(range(NUM_FRAMES))
+        assert worker.wait_ready(1).threads == set(threads)
+
+
+def test_a_model_that_does_not_load_says_so() -> None:
+    def load() -> ScriptedPipeline:
+        raise SelfForcingError("There is no model here.")
+
+    with ModelWorker(load) as worker:
+        with pytest.raises(SelfForcingError, match="no model here"):
+            worker.wait_ready(5)
+        with pytest.raises(SelfForcingError, match="no model here"):
+            list(worker.submit(REQUEST))
+
+
+def test_closing_ends_everything(pipeline: ScriptedPipeline) -> None:
+    pipeline.step_seconds = 0.02
+    worker = ModelWorker(pipeline)
+    current, waiting = worker.submit(REQUEST), worker.submit(REQUEST)
+    next(current)
+    assert worker.close()
+    assert len(list(current)) <= QUEUE_BLOCKS + 1
+    with pytest.raises(Cancelled):
+        list(waiting)
+    with pytest.raises(SelfForcingError, match="shut down"):
+        worker.submit(REQUEST)
+    assert worker.close()
+
+
+def test_importing_the_worker_does_not_import_torch() -> None:
+    code = "import sys, pipeline.worker, pipeline.video; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
