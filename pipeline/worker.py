@@ -140,6 +140,8 @@ class ModelWorker:
         try:
             source = self._source
             self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
+        except SelfForcingError as error:
+            self._load_error = error
         except Exception as error:
             self._load_error = error
             logger.exception("The model could not be loaded")
@@ -346,7 +348,7 @@ class _Job:
 
 def _is_last(block: FrameBlock) -> bool:
     run = getattr(block, "run", None)
-    return run is not None and block.index + 1 >= run.num_blocks
+    return run is not None and 0 < run.num_blocks <= block.index + 1
 
 
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:

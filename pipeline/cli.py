@@ -1,0 +1,295 @@
+"""The command line: a prompt in, an MP4 file out.
+
+What is wrong with a request is said before anything heavy is imported, in a sentence, and with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
+from pipeline.config import FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest
+from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.recipe import build_recipe
+from pipeline.video import SegmentEncoder
+from pipeline.worker import ModelWorker
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "embedded"
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+LoadPipeline = Callable[[Path, str | None], StreamingPipeline]
+
+
+def load_pipeline(folder: Path, device: str | None) -> StreamingPipeline:
+    """Load a model folder; `device` None takes the GPU if there is one. Imports torch."""
+    check_device(device)
+    from pipeline.generator import SelfForcingPipeline
+
+    return SelfForcingPipeline.from_pretrained(folder, device=device)
+
+
+def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) -> int:
+    """Run the command line. Returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C).
+
+    Args:
+        argv: Arguments without the program's name; default: those of this process.
+        load: Loads the model. Tests pass one that needs no weights.
+    """
+    worker = None
+    try:
+        # A polite kill is treated as Ctrl-C: half-written files go away.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        options = parse(argv)
+        quiet_libraries(options.verbose)
+        request = read_request(options)
+        output = read_output(options, request)
+        model, device = check_model_folder(options.model), check_device_name(options.device)
+        # Everything said so far came at once; importing torch takes seconds.
+        worker = ModelWorker(lambda: load(model, device))
+        pipeline = worker.wait_ready()
+        result = generate(worker, pipeline, request, output)
+        report(result, as_json=options.json)
+        return 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        say("Stopped. Nothing was written.")
+        _leave_without_the_model(worker, EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    except SelfForcingError as error:
+        say(str(error))
+        return EXIT_FAILED
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+def generate(
+    worker: ModelWorker, pipeline: StreamingPipeline, request: GenerationRequest, output: Path
+) -> dict[str, Any]:
+    """Make the video and write it. Returns what `--json` prints."""
+    for option, reason in pipeline.unavailable_options().items():
+        if getattr(request, option):
+            raise OptionUnavailable(reason)
+    if unknown := pipeline.unknown_words(request.prompt):
+        say(f"The model does not know these words and ignores them: {', '.join(unknown)}.")
+    began = time.perf_counter()
+    encoder: SegmentEncoder | None = None
+    first: FrameBlock | None = None
+    with worker.submit(request) as run, _progress_bar() as bar:
+        for block in run:
+            if encoder is None:
+                first, encoder = block, SegmentEncoder(block.run.fps)
+                bar.reset(block.run.num_frames)
+            encoder.encode(block.frames)
+            bar.update(len(block.frames))
+    if encoder is None or first is None:
+        raise SelfForcingError("The model made no video.")
+    encoder.write_mp4(output, build_recipe(block.run, encoder.num_frames))
+    return _summary(block.run, encoder, output, first.elapsed, time.perf_counter() - began)
+
+
+def _summary(
+    run: RunInfo, encoder: SegmentEncoder, output: Path, time_to_first_frame: float, elapsed: float
+) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "frames": encoder.num_frames,
+        "seconds": round(encoder.duration, 4),
+        "fps": run.fps,
+        "time_to_first_frame": round(time_to_first_frame, 4),
+        "elapsed": round(elapsed, 4),
+        "seed": run.seed,
+        "applied": run.applied,
+        "model": run.model,
+    }
+
+
+def report(result: dict[str, Any], *, as_json: bool) -> None:
+    """Say on standard output what was made: for people, or as one JSON object."""
+    if as_json:
+        line = json.dumps(result, allow_nan=False)
+    else:
+        line = (
+            f"{result['output']}: {result['frames']} frames, {result['seconds']:.2f} s at {result['fps']:g} FPS, "
+            f"seed {result['seed']}, made in {result['elapsed']:.1f} s"
+        )
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def say(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+# ---- reading the request
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidRequest(f"{message[:1].upper()}{message[1:].rstrip('.')}. Try --help.")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m pipeline",
+        description="Make a video from a sentence and write it as an MP4 file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("prompt", help="what the video shows")
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED_MODEL, metavar="FOLDER", help="model folder (default: weights/embedded)"
+    )
+    parser.add_argument(
+        "--seed", type=_number, default=-1, help=f"0 to {MAX_SEED}: the same video every time; -1 (default): a new one"
+    )
+    low, high = SECONDS_RANGE
+    parser.add_argument(
+        "--seconds",
+        type=_number,
+        default=5.0,
+        help=f"length of the video, {low:g} to {high:g}, rounded to whole blocks (default: 5)",
+    )
+    low, high = FPS_RANGE
+    parser.add_argument("--fps", type=_number, help=f"frames per second, {low:g} to {high:g} (default: the model's own)")
+    parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV decoder: faster, a bit softer")
+    parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
+    parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="default: a name made from prompt and seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a sentence")
+    parser.add_argument("--verbose", action="store_true", help="show warnings and the trace of an error")
+    return parser.parse_args(argv)
+
+
+def _number(text: str) -> float | int:
+    # Ranges are GenerationRequest's business, and so is NaN.
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+_number.__name__ = "number"  # argparse names the type in its message
+
+
+def read_request(options: argparse.Namespace) -> GenerationRequest:
+    """The request, with a seed drawn already if none is given: the file's name shows it."""
+    request = GenerationRequest(
+        prompt=options.prompt,
+        seed=options.seed,
+        seconds=options.seconds,
+        fps=options.fps,
+        taehv=options.taehv,
+        fp8=options.fp8,
+        compile=options.compile,
+    )
+    if request.seed != -1:
+        return request
+    options.seed = secrets.randbelow(MAX_SEED + 1)
+    return read_request(options)
+
+
+def read_output(options: argparse.Namespace, request: GenerationRequest) -> Path:
+    """Where the video goes. Checked now, not after minutes of work."""
+    output = options.output if options.output is not None else _free_name(request)
+    if output.suffix.lower() != ".mp4":
+        raise InvalidRequest(f"The output {str(output)!r} must be a file name that ends in .mp4.")
+    if output.is_dir():
+        raise InvalidRequest(f"The output {str(output)!r} is a directory. Give the name of a file in it.")
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"The output directory {str(output.parent)!r} does not exist. Create it first.")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InvalidRequest(
+            f"The output directory {str(output.parent)!r} cannot be written to ({error.strerror})."
+        ) from error
+    return output
+
+
+def _free_name(request: GenerationRequest) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:48].strip("-") or "video"
+    stem = f"{slug}-seed{request.seed}"
+    names = (f"{stem}{'' if n == 1 else f'-{n}'}.mp4" for n in range(1, 10_000))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def check_model_folder(folder: Path) -> Path:
+    """Refuse a folder that is no model before torch is imported to find that out."""
+    if not folder.is_dir():
+        raise WeightsError(f"There is no model folder {str(folder)!r}. Pass an existing one with --model.")
+    if not (folder / "model_index.json").is_file():
+        raise WeightsError(f"{str(folder)!r} is not a model folder: it has no model_index.json.")
+    return folder
+
+
+def check_device_name(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d{1,3})?)", name):
+        raise InvalidRequest(f"device is {name!r}, but must be cpu, cuda, cuda:N, xpu or mps.")
+    return name
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that this machine does not have. Imports torch.
+
+    Raises:
+        OptionUnavailable: naming the device and what there is instead.
+    """
+    if name in (None, "cpu"):
+        return
+    import torch
+
+    kind, _, number = name.partition(":")
+    backend = torch.backends.mps if kind == "mps" else getattr(torch, kind)
+    count = 1 if kind == "mps" else backend.device_count()
+    if not backend.is_available() or int(number or 0) >= count:
+        raise OptionUnavailable(f"There is no device {name} on this machine (or torch was built without it). Use cpu.")
+
+
+# ---- behaviour of the process
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Keep other people's warnings off the terminal: what a user has to know, this program says itself."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        return
+    logging.basicConfig(level=logging.CRITICAL + 1)
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _progress_bar() -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=0, unit="frame", desc="Making video", file=sys.stderr, leave=False, dynamic_ncols=True)
+
+
+def _leave_without_the_model(worker: ModelWorker | None, code: int) -> None:
+    """End the process if the model does not stop soon: torch cannot be interrupted in the middle of a step."""
+    if worker is not None and not worker.close(timeout=2):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
