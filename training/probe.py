@@ -1,0 +1,295 @@
+"""Judge what a video shows: `python -m training.probe --out training/cache/probe`.
+
+A small convolutional network, trained on real clips only, reads scene, time, subject and colour from single frames and
+finds the subject's pixels. Motion is never classified: it is measured by following the subject's centroid, which
+generated clips do not fool. Lengths are in frame heights, speeds in frame heights per frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.data import ClipDataset
+from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from training.tracking import follow, read_motion
+from training.world import ATTRIBUTES, HEIGHT, WIDTH, ClipParams, render, sample_params
+
+logger = logging.getLogger(__name__)
+Array = np.ndarray
+
+WINDOW = 33
+"""Frames of a window: what nine latent frames decode to at the start of a video."""
+READ = ("scene", "time", "subject", "colour")
+"""Attributes read by the network; motion comes from the track."""
+_OF_SUBJECT = ("subject", "colour")
+_HELD_OUT_SEED = 9_000_000
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Sizes of the network. Frames of another size are resized to `height` x `width` first."""
+
+    height: int = HEIGHT
+    width: int = WIDTH
+    stem: int = 40
+    channels: int = 64
+    blocks: int = 3
+    hidden: int = 96
+    visible_cells: float = 1.0
+    """Area of the subject, in cells of 8x8 pixels, from which on a frame counts as showing it."""
+
+
+@dataclass
+class WindowReading:
+    """What one window of a video shows.
+
+    Attributes:
+        attributes: read value of every attribute, motion included.
+        visible: share of frames in which a subject is seen.
+        x, y: [T] centroid of the subject's visible part, NaN where there is none.
+        speed: mean speed of the subject in the direction it moves.
+    """
+
+    attributes: dict[str, str]
+    visible: float
+    x: Array
+    y: Array
+    speed: float
+
+
+class AttributeProbe(nn.Module):
+    """Reads single frames."""
+
+    def __init__(self, config: ProbeConfig = ProbeConfig()) -> None:
+        super().__init__()
+        self.config = config
+        width = config.channels
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, config.stem, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(config.stem, width, 4, stride=2, padding=1),
+            nn.GELU(),
+        )
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.blocks))
+        self.cover = nn.Conv2d(width, 1, 1)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(width, config.hidden),
+                    nn.GELU(),
+                    nn.Linear(config.hidden, len(ATTRIBUTES[name])),
+                )
+                for name in READ
+            }
+        )
+
+    def forward(self, frames: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Frames [N, 3, H, W] in 0..1 -> logits [N, values] by attribute, and subject coverage logits [N, H/8, W/8]."""
+        x = self.stem(frames * 4.0 - 2.0)
+        for block in self.blocks:
+            x = x + functional.gelu(block(x))
+        cover = self.cover(x)[:, 0]
+        weight = torch.sigmoid(cover)[:, None]
+        everywhere = x.mean(dim=(2, 3))
+        subject = (x * weight).sum(dim=(2, 3)) / (weight.sum(dim=(2, 3)) + 0.5)
+        pooled = {name: subject if name in _OF_SUBJECT else everywhere for name in READ}
+        return {name: head(pooled[name]) for name, head in self.heads.items()}, cover
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()},
+            folder / "probe.safetensors",
+        )
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AttributeProbe:
+        """Raises FileNotFoundError when the folder holds no trained probe."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no probe; run python -m training.probe --out {folder}")
+        probe = cls(ProbeConfig(**json.loads((folder / "config.json").read_text())))
+        probe.load_state_dict(load_file(folder / "probe.safetensors"))
+        return probe.eval()
+
+    def _prepare(self, frames: Array) -> Tensor:
+        """uint8 [T, H, W, 3] -> float [T, 3, height, width] in 0..1."""
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+        size = (self.config.height, self.config.width)
+        return pixels if pixels.shape[-2:] == size else functional.interpolate(pixels, size, mode="area")
+
+    @torch.no_grad()
+    def read(self, frames: Array) -> WindowReading:
+        """Read one window of a video, uint8 [T, H, W, 3]. Its frames vote, each with the visibility of the subject."""
+        logits, cover = self(self._prepare(frames))
+        coverage = torch.sigmoid(cover)
+        area = coverage.sum(dim=(1, 2))
+        seen = area > self.config.visible_cells
+        votes = (area / 4).clamp(0.02, 1.0)
+        attributes = {}
+        for name in READ:
+            weights = votes if name in _OF_SUBJECT else torch.ones_like(votes)
+            summed = (logits[name].log_softmax(-1) * weights[:, None]).sum(dim=0)
+            attributes[name] = ATTRIBUTES[name][int(summed.argmax())]
+        x, y = follow(coverage.numpy(), seen.numpy())
+        motion = read_motion(x, y)
+        attributes["motion"] = motion.direction
+        return WindowReading(attributes, float(seen.float().mean()), x, y, motion.speed)
+
+    def read_windows(self, frames: Array, window: int = WINDOW) -> list[WindowReading]:
+        """Read a video window by window; a rest shorter than a window is left out unless it is all there is."""
+        starts = range(0, max(1, len(frames) - window + 1), window)
+        return [self.read(frames[start : start + window]) for start in starts]
+
+
+def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Make real frames [N, 3, H, W] look a little like generated ones: soft, noisy, slightly off in colour."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    n, _, height, width = frames.shape
+    soft = functional.avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
+    softer = functional.avg_pool2d(soft, 3, stride=1, padding=1, count_include_pad=False)
+    kind = uniform(n, 1, 1, 1)
+    frames = torch.where(kind < 0.3, soft, torch.where(kind < 0.5, softer, frames))
+    blotches = normal(n, 3, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    blotches = functional.interpolate(blotches, (height, width), mode="bilinear")
+    frames = frames * (1 + 0.08 * (2 * uniform(n, 3, 1, 1) - 1)) + 0.04 * (2 * uniform(n, 3, 1, 1) - 1)
+    frames = (
+        frames + 0.06 * uniform(n, 1, 1, 1) * blotches + 0.06 * uniform(n, 1, 1, 1) * normal(*frames.shape)
+    )
+    return frames.clamp(0, 1)
+
+
+def _batches(
+    data: ClipDataset, clips: int, size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Endless random frames of the first clips: frames, coverage of the subject in each cell, classes."""
+    rng = np.random.default_rng(seed)
+    classes = {n: np.array([ATTRIBUTES[n].index(getattr(p, n)) for p in data.params[:clips]]) for n in READ}
+    while True:
+        clip = rng.integers(clips, size=size)
+        frame = rng.integers(data.info.num_frames, size=size)
+        pixels = np.stack([data.pixels[c, f] for c, f in zip(clip, frame, strict=True)])
+        masks = np.stack(
+            [data.masks[c, -(-f // TEMPORAL_STRIDE)] for c, f in zip(clip, frame, strict=True)]
+        )  # frame 0 is latent 0, frames 1-4 are latent 1
+        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        yield (
+            frames,
+            torch.from_numpy(masks).float() / 255,
+            {n: torch.from_numpy(v[clip]) for n, v in classes.items()},
+        )
+
+
+def _loss(probe: AttributeProbe, frames: Tensor, cover: Tensor, classes: dict[str, Tensor]) -> Tensor:
+    logits, predicted = probe(frames)
+    # A subject that is hardly in the frame cannot be told: it counts as much as there is of it.
+    there = (cover.sum(dim=(1, 2)) / 3).clamp(max=1)
+    total = 20 * functional.binary_cross_entropy_with_logits(predicted, cover)
+    for name in READ:
+        loss = functional.cross_entropy(logits[name], classes[name], reduction="none")
+        total = total + ((loss * there).mean() if name in _OF_SUBJECT else loss.mean())
+    return total
+
+
+def train(
+    data: ClipDataset,
+    seconds: float,
+    batch_size: int = 96,
+    rate: float = 2e-3,
+    seed: int = 0,
+    max_steps: int = 1500,
+) -> AttributeProbe:
+    """Train until the steps are done or the time is over, whichever is first, the rate falling to zero."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    probe = AttributeProbe()
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
+    started = time.monotonic()
+    for step, (frames, cover, classes) in enumerate(_batches(data, data.info.pixel_clips, batch_size, seed)):
+        done = max(step / max_steps, (time.monotonic() - started) / seconds)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 40) * (1 - done)
+        loss = _loss(probe, augment(frames, generator), cover, classes)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            logger.info("step %d loss %.3f", step, loss.item())
+    return probe.eval()
+
+
+def agreement(readings: list[WindowReading], shown: list[ClipParams]) -> dict[str, float]:
+    """Share of readings that name what was asked for. Space has no time of day and is not asked for one."""
+    scores = {}
+    for name in ATTRIBUTES:
+        pairs = [
+            (r.attributes[name], getattr(p, name))
+            for r, p in zip(readings, shown, strict=True)
+            if not (name == "time" and p.scene == "space")
+        ]
+        scores[name] = float(np.mean([a == b for a, b in pairs])) if pairs else float("nan")
+    return scores
+
+
+def held_out_clips(
+    count: int, num_frames: int = WINDOW, seed: int = _HELD_OUT_SEED
+) -> Iterator[tuple[ClipParams, Array]]:
+    """Real clips, uint8 [T, H, W, 3], of combinations that training never renders."""
+    for index in range(count):
+        params = sample_params(np.random.default_rng(seed + index), split="held_out")
+        frames, _, _ = render(params, seed + index, num_frames)
+        yield params, (frames * 255 + 0.5).astype(np.uint8)
+
+
+def held_out_accuracy(probe: AttributeProbe, clips: int = 300) -> dict[str, float]:
+    """How well the probe reads real clips of combinations it was never trained on."""
+    shown, readings = [], []
+    for params, frames in held_out_clips(clips):
+        shown.append(params)
+        readings.append(probe.read(frames))
+    return agreement(readings, shown) | {"visible": float(np.mean([r.visible for r in readings]))}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Train the probe that judges videos of the procedural world."
+    )
+    parser.add_argument("--data", type=Path, default=Path("training/cache"))
+    parser.add_argument("--out", type=Path, default=Path("training/cache/probe"))
+    parser.add_argument("--seconds", type=float, default=220)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    probe = train(ClipDataset(arguments.data), arguments.seconds)
+    probe.save(arguments.out)
+    report = {"parameters": sum(p.numel() for p in probe.parameters()), "held_out": held_out_accuracy(probe)}
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=1))
+    logger.info("%s", json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
