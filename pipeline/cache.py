@@ -188,6 +188,11 @@ class KVCache:
             layer.current_begin = layer.visible_end = layer.block_tokens
             layer.pending = None
 
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model on this device and in this dtype can use the buffers."""
+        key = self.layers[0].key
+        return key.device == device and key.dtype == dtype
+
     def begin_block(self, num_frames: int, *, merged: bool = False) -> None:
         """Keep the current block as it was last written, and begin one of `num_frames` behind it.
 

@@ -1,0 +1,321 @@
+"""`SelfForcingPipeline`: a prompt in, blocks of frames out, each as soon as it exists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
+from pipeline.cache import CacheWindow, KVCache
+from pipeline.config import GenerationRequest, ModelSpec
+from pipeline.control import checkpoint
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
+from pipeline.options import TransformerOptions, check_available, unavailable_options
+from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
+from pipeline.taehv import TAEHV
+from pipeline.text import TextEncoder
+from pipeline.transformer import CausalWanTransformer3DModel, TextKV
+
+INDEX_FILE = "model_index.json"
+COMPONENTS = {
+    "transformer": ("pipeline", "CausalWanTransformer3DModel"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "taehv": ("pipeline", "TAEHV"),
+}
+"""Folder of a model -> library and class, as `model_index.json` must name them. Only `taehv` may be missing."""
+
+
+class SelfForcingPipeline:
+    """Streams video from a causal Wan transformer.
+
+    One stream at a time: all of them share one KV cache. A pipeline that several people use belongs to a `ModelWorker`.
+
+    Usage:
+        pipeline = SelfForcingPipeline.from_pretrained("weights/embedded")
+        for block in pipeline.stream(GenerationRequest(prompt="a red balloon rises over the mountains")):
+            show(block.frames)
+
+    Args:
+        spec: what the model is.
+        transformer: options and weights of the transformer.
+        text: the text encoder.
+        vae, taehv: the two decoders' weights; without `taehv` the request option of that name is unavailable.
+        weights_sha256: of the transformer's file, for the recipe in each video.
+        merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step. Exact;
+            off, the two are separate forwards, as the authors have it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        transformer: TransformerOptions,
+        text: TextEncoder,
+        vae: AutoencoderKLWan,
+        taehv: TAEHV | None = None,
+        *,
+        weights_sha256: str = "",
+        merge_clean_pass: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.text = text
+        self.merge_clean_pass = merge_clean_pass
+        self.weights_sha256 = weights_sha256
+        self._transformer = transformer
+        self._decoders: dict[bool, StreamDecoder] = {False: WanStreamDecoder(vae)}
+        if taehv is not None:
+            self._decoders[True] = TaehvStreamDecoder(taehv)
+        self._steps = DenoisingSteps.from_schedule(FlowSchedule(spec.shift), spec.denoising_steps)
+        self._cache: KVCache | None = None
+        self._stream_number = 0
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> SelfForcingPipeline:
+        """Load a model folder.
+
+        Args:
+            folder: diffusers-style: `model_index.json` and a folder for each component.
+            device: default: a GPU if there is one, else the CPU.
+            dtype: default: bfloat16 on a GPU, float32 on the CPU.
+
+        Raises:
+            WeightsError: something is missing, damaged or of another kind.
+        """
+        folder = Path(folder)
+        spec, present = read_index(folder)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+
+        def load(model_class: Any, name: str) -> Any:
+            try:
+                model = model_class.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
+            except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+                raise WeightsError(
+                    f"The {name} of {spec.name} cannot be loaded: a file in {folder.name}/{name} is missing or damaged, "
+                    "or does not fit its config. Get the model folder again."
+                ) from error
+            return model.to(target).eval().requires_grad_(False)
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"The tokenizer in {folder.name}/tokenizer is missing or damaged.") from error
+        return cls(
+            spec,
+            TransformerOptions(lambda: load(CausalWanTransformer3DModel, "transformer")),
+            TextEncoder(load(UMT5EncoderModel, "text_encoder"), tokenizer, spec.text_len),
+            load(AutoencoderKLWan, "vae"),
+            load(TAEHV, "taehv") if "taehv" in present else None,
+            weights_sha256=folder_sha256(folder / "transformer"),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self._transformer.transformer.device
+
+    def plan(self, request: GenerationRequest) -> RunInfo:
+        """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
+        check_available(request, self.unavailable_options())
+        fps = request.fps if request.fps is not None else self.spec.fps
+        num_blocks = self.spec.blocks_for(request.seconds, fps)
+        dtype = str(self._transformer.transformer.dtype).removeprefix("torch.")
+        return RunInfo(
+            request=request,
+            seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
+            fps=fps,
+            num_blocks=num_blocks,
+            num_frames=self.spec.frames_in(num_blocks),
+            applied={
+                "device": self.device.type,
+                "precision": f"float8 weights, {dtype} arithmetic" if request.fp8 else dtype,
+                "decoder": "TAEHV" if request.taehv else "Wan VAE",
+                "compile": "on" if request.compile else "off",
+            },
+            model=self.spec.name,
+            weights_sha256=self.weights_sha256,
+        )
+
+    @torch.inference_mode()
+    def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
+        """Yield the clip block by block.
+
+        A block is handed on before it is written into the cache, so nobody waits for that. Starting another stream
+        ends this one.
+
+        Raises:
+            OptionUnavailable: before anything is made.
+            NonFiniteOutput: naming the block.
+            Cancelled, DeadlineExceeded: from `control.checkpoint`, at any denoising step.
+        """
+        began = time.perf_counter()
+        run = self.plan(request)
+        self._stream_number += 1
+        number = self._stream_number
+        model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
+        prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
+        text_kv = model.encode_text(prompt_embeds)
+        # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
+        cache = self._fresh_cache(model)
+        decoder = self._decoders[request.taehv]
+        decoder.reset()
+        shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
+
+        finished: torch.Tensor | None = None
+        shown = 0
+        for index in range(run.num_blocks):
+            start = time.perf_counter()
+            latents = self._denoise(model, text_kv, cache, run.seed, index, shape, finished)
+            if not torch.isfinite(latents).all():
+                raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
+            denoised = time.perf_counter()
+            frames = to_uint8(decoder.decode(latents), index)
+            decoded = time.perf_counter()
+            yield FrameBlock(
+                index=index,
+                frames=frames,
+                start_frame=shown,
+                run=run,
+                elapsed=decoded - began,
+                denoise_seconds=denoised - start,
+                decode_seconds=decoded - denoised,
+            )
+            if number != self._stream_number:
+                raise SelfForcingError("Another run was started on this model, which ended this one.")
+            shown += len(frames)
+            finished = latents
+
+    def generate(self, request: GenerationRequest) -> GeneratedVideo:
+        """The whole clip at once: the drained stream."""
+        blocks = list(self.stream(request))
+        return GeneratedVideo(
+            frames=np.concatenate([block.frames for block in blocks]),
+            run=blocks[0].run,
+            time_to_first_frame=blocks[0].elapsed,
+            elapsed=blocks[-1].elapsed,
+        )
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the model ignores; none for a model that reads any text."""
+        return self.text.unknown_words(prompt)
+
+    def known_words(self) -> list[str]:
+        """All words the model was trained on, in alphabetical order; empty for a model that reads any text."""
+        return sorted(self.text.vocabulary)
+
+    def unavailable_options(self) -> dict[str, str]:
+        """Option -> one sentence why it cannot work here."""
+        return unavailable_options(self.device, has_taehv=True in self._decoders)
+
+    def _denoise(
+        self,
+        model: CausalWanTransformer3DModel,
+        text_kv: TextKV,
+        cache: KVCache,
+        seed: int,
+        index: int,
+        shape: tuple[int, ...],
+        finished: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Make one block; `finished` is the block before it, which enters the cache on the way."""
+        frames = shape[1]
+        merged = finished is not None and self.merge_clean_pass
+        if finished is not None:
+            finished = self._as_context(finished, seed, index - 1)
+            if not merged:
+                times = torch.full((1, frames), self.spec.context_noise, device=model.device)
+                model(finished, times, text_kv, cache=cache)
+        cache.begin_block(frames, merged=merged)
+
+        def predict_flow(latents: torch.Tensor, timestep: float, step: int) -> torch.Tensor:
+            checkpoint()
+            times = torch.full((1, frames), timestep, device=model.device)
+            if merged and step == 0:
+                both = torch.cat([finished, latents], dim=1)
+                times = torch.cat([torch.full_like(times, self.spec.context_noise), times], dim=1)
+                return model(both, times, text_kv, cache=cache)[:, frames:]
+            return model(latents, times, text_kv, cache=cache)
+
+        def noise(step: int) -> torch.Tensor:
+            return block_noise(seed, index, step, shape).to(model.device, model.dtype)
+
+        for clean in denoise_block(predict_flow, noise, self._steps):
+            latents = clean
+        return latents
+
+    def _as_context(self, latents: torch.Tensor, seed: int, index: int) -> torch.Tensor:
+        """A finished block as it is shown to later ones: as it is, or slightly noised if the model was trained so."""
+        if self.spec.context_noise == 0:
+            return latents
+        noise = block_noise(seed, index, len(self._steps), latents.shape).to(latents)
+        return add_noise(latents, noise, torch.tensor(self.spec.context_noise / TRAIN_STEPS))
+
+    def _fresh_cache(self, model: CausalWanTransformer3DModel) -> KVCache:
+        """The cache, emptied; a new one only if the transformer was loaded anew elsewhere or in another dtype."""
+        spec = self.spec
+        if self._cache is None or not self._cache.fits(model.device, model.dtype):
+            window = CacheWindow(spec.frames_per_block, spec.window_frames, spec.sink_frames, spec.positions)
+            _, height, width = spec.latent_shape(model.config.in_channels)
+            self._cache = model.make_cache(window, height, width)
+        self._cache.reset()
+        return self._cache
+
+
+def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
+    """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]; NaN would silently become black, so it is refused."""
+    if not torch.isfinite(frames).all():
+        raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
+    pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return pixels.contiguous().cpu().numpy()
+
+
+def read_index(folder: Path) -> tuple[ModelSpec, set[str]]:
+    """Spec and components of a model folder, from its `model_index.json`.
+
+    Raises:
+        WeightsError: no such file, or one of another pipeline: a stock Wan folder would load without complaint and then make
+            video with bidirectional attention.
+    """
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{folder.name!r} is not a model folder: it has no {INDEX_FILE}. Pass the folder of a model, for example "
+            "weights/embedded."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"The {INDEX_FILE} of {folder.name!r} cannot be read. Get the model folder again.") from error
+    if not isinstance(index, dict) or index.get("_class_name") != "SelfForcingPipeline":
+        found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
+        raise WeightsError(f"{folder.name!r} is a folder for {found}, not for SelfForcingPipeline.")
+    present = set()
+    for name, expected in COMPONENTS.items():
+        entry = index.get(name)
+        if entry is None and name == "taehv":
+            continue
+        if entry is None or tuple(entry) != expected:
+            raise WeightsError(f"The {name} of {folder.name!r} is {entry}, but must be {list(expected)}.")
+        present.add(name)
+    return ModelSpec.from_config(index.get("settings", {})), present
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash of all weight files of a component, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
