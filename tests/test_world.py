@@ -116,7 +116,9 @@ def test_impossible_parameters_are_refused(values: tuple[str, str]) -> None:
 
 def test_captions_state_what_they_say_they_state() -> None:
     rng, known = np.random.default_rng(0), set(vocabulary())
-    colours = {"crimson": "red", "golden": "yellow", "emerald": "green"} | {colour: colour for colour in COLOURS}
+    colours = {"crimson": "red", "golden": "yellow", "emerald": "green"} | {
+        colour: colour for colour in COLOURS
+    }
     for _ in range(2000):
         params = sample_params(rng)
         caption, stated = make_caption(params, rng)
@@ -180,14 +182,17 @@ def test_pca_round_trip(tmp_path: Path) -> None:
     assert latents.shape == (13, 32, 8, 14) and abs(latents.var(axis=(0, 2, 3)).mean() - 1) < 0.05
     assert np.allclose(latents, loaded.encode(reference), atol=1e-3)
     assert psnr(loaded.decode(latents), reference) > psnr(few.decode(few.encode(frames)), reference) + 2
-    assert np.allclose(loaded.encode(loaded.decode(latents)), latents, atol=1.0)
+    change = (
+        loaded.encode(loaded.decode(latents)) - latents
+    )  # not zero: decoding clips to what a pixel can show
+    assert np.sqrt((change**2).mean()) < 0.1
 
 
 def test_data_set_is_whole_or_does_not_open(tmp_path: Path) -> None:
     info = DatasetInfo(clips=6, validation=2, pixel_clips=2, channels=8)
     with pytest.raises(FileNotFoundError, match="training.data"):
         ClipDataset(tmp_path)
-    data = build(tmp_path, info, processes=1)
+    data = build(tmp_path, info, processes=1, fit_clips=8)
     assert data.latents.shape == (6, 13, 8, 8, 14) and data.masks.shape == (6, 13, 8, 14)
     assert data.pixels.shape == (2, 49, 64, 112, 3) and len(data.params) == 6
     assert list(data.train_indices) == [0, 1, 2, 3] and list(data.validation_indices) == [4, 5]

@@ -97,7 +97,7 @@ def _fit_sample(seed: int) -> tuple[Array, Array]:
     return patches.reshape(-1, patches.shape[-1])[::2], weights.reshape(-1)[::2].astype(np.float32)
 
 
-def fit_pca(pool: multiprocessing.pool.Pool, channels: int, clips: int = _FIT_CLIPS) -> PatchPCA:
+def fit_pca(pool: multiprocessing.pool.Pool, channels: int, clips: int) -> PatchPCA:
     """Fit the latent space to clips of their own seeds; the subject counts more than the background."""
     samples = pool.map(_fit_sample, range(_FIT_SEED, _FIT_SEED + clips), chunksize=10)
     patches = np.concatenate([sample for sample, _ in samples])
@@ -118,7 +118,7 @@ def _fill(clips: range, folder: Path, pca: PatchPCA, pixel_clips: int) -> list[d
     return shown
 
 
-def build(folder: Path, info: DatasetInfo, processes: int = 2) -> ClipDataset:
+def build(folder: Path, info: DatasetInfo, processes: int = 2, fit_clips: int = _FIT_CLIPS) -> ClipDataset:
     """Render a data set. A folder without the marker, left by a run that was killed, is written anew."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARKER).unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def build(folder: Path, info: DatasetInfo, processes: int = 2) -> ClipDataset:
             file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when a worker starts
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pca = fit_pca(pool, info.channels)
+        pca = fit_pca(pool, info.channels, fit_clips)
         logger.info("fitted the latent space")
         size = 100
         ranges = [range(start, min(start + size, info.clips)) for start in range(0, info.clips, size)]

@@ -20,7 +20,7 @@ _STILL = 0.0028
 
 
 class Motion(NamedTuple):
-    """One of the world's motions, and the mean speed along it."""
+    """One of the world's motions, and the speed along it."""
 
     direction: str
     speed: float
@@ -51,7 +51,7 @@ def read_motion(x: Array, y: Array) -> Motion:
     valid[valid] &= np.hypot(dx[valid], dy[valid]) < _JUMP
     if not valid.any():
         return Motion("still", 0.0)
-    vx, vy = float(dx[valid].mean()) / _LAG, float(dy[valid].mean()) / _LAG
+    vx, vy = float(np.median(dx[valid])) / _LAG, float(np.median(dy[valid])) / _LAG
     if max(abs(vx), abs(vy)) < _STILL:
         return Motion("still", float(np.hypot(vx, vy)))
     if abs(vx) > abs(vy):
