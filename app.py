@@ -1,0 +1,159 @@
+"""`python app.py`: the page, on http://127.0.0.1:7860.
+
+`build_app(pipeline)` is the same page around any pipeline, for tests and for other programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.cli import EMBEDDED_MODEL, LoadPipeline, check_device_name, check_model_folder, load_pipeline, say
+from pipeline.config import SECONDS_RANGE
+from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.worker import ModelWorker
+from web.page import build_app
+
+__all__ = ["build_app", "main"]
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+ON_SPACE = "SPACE_ID" in os.environ
+"""Hugging Face Spaces set this; there, the platform is what stands between the page and the public."""
+
+
+def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) -> int:
+    """Serve the page until Ctrl-C or SIGTERM. Returns the exit code: 0, 1 (failed) or 2 (bad input)."""
+    worker = None
+    try:
+        options = parse(argv)
+        auth = read_auth(options.auth)
+        check_exposure(options, auth)
+        folder, device = check_model_folder(options.model), check_device_name(options.device)
+        say(f"Loading the model in {folder.name} ...")
+        worker = ModelWorker(lambda: load(folder, device))
+        worker.wait_ready()
+        serve(worker, options, auth)
+        return 0
+    except KeyboardInterrupt:
+        return 0
+    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    except SelfForcingError as error:
+        say(str(error))
+        return EXIT_FAILED
+    finally:
+        if worker is not None:
+            worker.close(timeout=2)
+
+
+def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        InvalidRequest: the address cannot be served on.
+    """
+    stop = threading.Event()
+    demo = build_app(worker, options.max_seconds)
+    try:
+        _, local, public = demo.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            auth=auth,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise InvalidRequest(
+            f"Port {options.port} on {options.host} cannot be used: another program has it, or the address is not this "
+            "machine's. Choose another one with --port."
+        ) from error
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        say(f"Open {public or local} in a browser. Ctrl-C stops.")
+        stop.wait()
+    finally:
+        demo.close(verbose=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidRequest(f"{message[:1].upper()}{message[1:].rstrip('.')}. Try --help.")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python app.py", description="Serve the text-to-video page.", allow_abbrev=False)
+    parser.add_argument(
+        "--host",
+        default="0.0.0.0" if ON_SPACE else "127.0.0.1",
+        help="address to listen on; 0.0.0.0 is the whole network (default: this machine only)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    parser.add_argument("--share", action="store_true", help="also open a temporary public link through gradio.live")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
+    parser.add_argument(
+        "--allow-public", action="store_true", help="serve beyond this machine without a password, on purpose"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED_MODEL, metavar="FOLDER", help="model folder (default: weights/embedded)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="N",
+        help="longest video that may be asked for, and longest time that one run may take, in seconds",
+    )
+    options = parser.parse_args(argv)
+    low, high = SECONDS_RANGE
+    if options.max_seconds is not None and not low <= options.max_seconds <= high:
+        raise InvalidRequest(f"max-seconds is {options.max_seconds:g}, but must be a number from {low:g} to {high:g}.")
+    if not 1 <= options.port <= 65535:
+        raise InvalidRequest(f"port is {options.port}, but must be a number from 1 to 65535.")
+    return options
+
+
+def read_auth(text: str | None) -> tuple[str, str] | None:
+    """`user:password` as a pair; the password may hold further colons."""
+    if text is None:
+        return None
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise InvalidRequest("auth must be a name and a password with a colon between them: --auth user:password.")
+    return user, password
+
+
+def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
+    """A page that anybody can reach, on a machine that works for whoever asks, is never an accident."""
+    if not (options.share or not _is_loopback(options.host)) or ON_SPACE:
+        return
+    reach = "A share link" if options.share else f"The address {options.host}"
+    if auth is None and not options.allow_public:
+        raise InvalidRequest(
+            f"{reach} lets other people use this machine. Set a password with --auth user:password, or say --allow-public."
+        )
+    say(f"{reach} lets other people use this machine{'' if auth is None else ' if they know the password'}.")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name: it may stand for any address
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

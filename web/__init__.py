@@ -1,0 +1,1 @@
+"""The page: what a visitor sees, and the code between it and the model thread."""

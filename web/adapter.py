@@ -1,0 +1,88 @@
+"""One shape for every pipeline: what a pipeline does not tell about itself is filled in here, and nowhere else.
+
+The real pipeline tells everything. A pipeline written for a test or an experiment may have no more than
+`stream(request)`, yielding objects with `frames`; the page works with that, it only has less to show.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pipeline.blocks import FrameBlock, RunInfo
+from pipeline.config import GenerationRequest, ModelSpec
+
+DEFAULT_FPS = 16.0
+
+
+class AdaptedPipeline:
+    """A complete `StreamingPipeline` around whatever `pipeline` is."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self.spec: ModelSpec | None = getattr(pipeline, "spec", None)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name if self.spec else "model"
+
+    @property
+    def fps(self) -> float:
+        """Playback rate that a request gets if it names none."""
+        return self.spec.fps if self.spec else DEFAULT_FPS
+
+    def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
+        if request.fps is None:
+            request = replace(request, fps=self.fps)
+        began = time.perf_counter()
+        shown = 0
+        stream = self._pipeline.stream(request)
+        try:
+            for index, block in enumerate(stream):
+                complete = self._completed(block, request, index, shown, time.perf_counter() - began)
+                shown += len(complete.frames)
+                yield complete
+        finally:
+            if (close := getattr(stream, "close", None)) is not None:
+                close()
+
+    def plan(self, request: GenerationRequest) -> RunInfo:
+        """What a request comes to, as far as it can be known. `num_blocks` and `num_frames` are 0 if it cannot."""
+        fps = request.fps or self.fps
+        num_blocks = self.spec.blocks_for(request.seconds, fps) if self.spec else 0
+        return RunInfo(
+            request=request,
+            seed=request.seed,
+            fps=fps,
+            num_blocks=num_blocks,
+            num_frames=self.spec.frames_in(num_blocks) if self.spec else 0,
+            model=self.name,
+        )
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        ask = getattr(self._pipeline, "unknown_words", None)
+        return list(ask(prompt)) if ask else []
+
+    def known_words(self) -> list[str]:
+        ask = getattr(self._pipeline, "known_words", None)
+        return list(ask()) if ask else []
+
+    def unavailable_options(self) -> dict[str, str]:
+        ask = getattr(self._pipeline, "unavailable_options", None)
+        return dict(ask()) if ask else {}
+
+    def _completed(
+        self, block: Any, request: GenerationRequest, index: int, start_frame: int, elapsed: float
+    ) -> FrameBlock:
+        if isinstance(block, FrameBlock):
+            return block
+        run = getattr(block, "run", None)
+        return FrameBlock(
+            index=index,
+            frames=block.frames,
+            start_frame=start_frame,
+            run=run if isinstance(run, RunInfo) else self.plan(request),
+            elapsed=float(getattr(block, "elapsed", elapsed)),
+        )
