@@ -114,6 +114,12 @@ class LayerCache:
         return torch.cat([finished, begun], dim=1)
 
     def _attend_current(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if key.requires_grad:
+            # The buffers will be overwritten by the clean pass long before the backward pass reads them. So a call with
+            # gradients leaves them alone; what it sees of earlier blocks is a copy without history, as the paper has it.
+            past = slice(self.block_tokens, self.visible_end)
+            keys, values = torch.cat([key, self.key[:, past]], 1), torch.cat([value, self.value[:, past]], 1)
+            return attention(query, keys, values)
         self.key[:, self.current_begin : self.block_tokens] = key
         self.value[:, self.current_begin : self.block_tokens] = value
         visible = slice(self.current_begin, self.visible_end)

@@ -30,7 +30,7 @@ from pipeline.errors import VideoError
 from pipeline.mp4 import count_frames
 from pipeline.recipe import read_recipe
 
-__all__ = ["Segment", "SegmentEncoder", "encoded_size", "read_recipe"]
+__all__ = ["Segment", "SegmentEncoder", "encoded_size", "join_segments", "read_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,30 +114,7 @@ class SegmentEncoder:
         """
         if not self._segments:
             raise VideoError("There is no video to write: not a single block was finished.")
-        path = Path(path)
-        part = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}.part")
-        tags: list[str] = []
-        if recipe is not None:
-            text = json.dumps(recipe, ensure_ascii=False, allow_nan=False)
-            tags = ["-metadata", f"title={recipe.get('prompt', '')}", "-metadata", f"comment={text}"]
-        rate = self._rate
-        try:
-            _ffmpeg(
-                ["-f", "mpegts", "-i", "pipe:0", "-map", "0:v:0", "-c", "copy"]
-                # MPEG-TS counts in 1/90000 s, which few frame rates divide. A coarser clock that the frame rate does
-                # divide rounds every time stamp to where it belongs, so that all frames are equally long.
-                + ["-video_track_timescale", str(rate.numerator * max(1, 60_000 // rate.numerator))]
-                + ["-movflags", "+faststart", *tags, "-f", "mp4", "-y", str(part)],
-                stdin=self._segments,
-            )
-            if (written := count_frames(part)) != self.num_frames:
-                raise VideoError(f"The MP4 file came out with {written} frames instead of {self.num_frames}.")
-            os.replace(part, path)
-        except OSError as error:
-            raise _write_error(error) from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        _write_whole(self._segments, Path(path), self._rate, self.num_frames, recipe)
 
     def _checked(self, frames: np.ndarray) -> np.ndarray:
         if not (isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.ndim == 4):
@@ -153,6 +130,50 @@ class SegmentEncoder:
         if out_height % 2 or out_width % 2:  # H.264 with 4:2:0 colour needs even sizes: repeat the last row or column
             frames = np.pad(frames, ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
         return np.ascontiguousarray(frames)
+
+
+def join_segments(segments: Sequence[bytes], path: str | Path) -> None:
+    """Write the data of consecutive segments, which need not be all of a run, as one MP4 file without a recipe.
+
+    Raises:
+        VideoError: as `SegmentEncoder.write_mp4`.
+    """
+    if not segments:
+        raise VideoError("There is no video to write: not a single block was finished.")
+    _write_whole(segments, Path(path))
+
+
+def _write_whole(
+    segments: Sequence[bytes],
+    path: Path,
+    rate: Fraction | None = None,
+    num_frames: int | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    part = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}.part")
+    options: list[str] = []
+    if rate is not None:
+        # MPEG-TS counts in 1/90000 s, which few frame rates divide. A coarser clock that the frame rate does divide
+        # rounds every time stamp to where it belongs, so that all frames are equally long.
+        options += ["-video_track_timescale", str(rate.numerator * max(1, 60_000 // rate.numerator))]
+    if recipe is not None:
+        text = json.dumps(recipe, ensure_ascii=False, allow_nan=False)
+        options += ["-metadata", f"title={recipe.get('prompt', '')}", "-metadata", f"comment={text}"]
+    try:
+        _ffmpeg(
+            ["-f", "mpegts", "-i", "pipe:0", "-map", "0:v:0", "-c", "copy", *options]
+            + ["-movflags", "+faststart", "-f", "mp4", "-y", str(part)],
+            stdin=segments,
+        )
+        written = count_frames(part)
+        if num_frames not in (None, written):
+            raise VideoError(f"The MP4 file came out with {written} frames instead of {num_frames}.")
+        os.replace(part, path)
+    except OSError as error:
+        raise _write_error(error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def encoded_size(height: int, width: int) -> tuple[int, int]:

@@ -35,7 +35,7 @@ READ = ("scene", "time", "subject", "colour")
 """Attributes read by the network; motion comes from the track."""
 _OF_SUBJECT = ("subject", "colour")
 _HELD_OUT_SEED = 9_000_000
-_PERMUTED_SHARE = 0.3
+_PERMUTED_SHARE, _DECODED_SHARE, _LATENT_NOISE = 0.3, 0.3, 0.3
 
 
 @dataclass(frozen=True)
@@ -183,25 +183,52 @@ def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
     return frames.clamp(0, 1)
 
 
-def _batches(
-    data: ClipDataset, clips: int, size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """Endless random frames of the first clips: frames, coverage of the subject in each cell, classes."""
-    rng = np.random.default_rng(seed)
-    classes = {n: np.array([ATTRIBUTES[n].index(getattr(p, n)) for p in data.params[:clips]]) for n in READ}
-    while True:
-        clip = rng.integers(clips, size=size)
-        frame = rng.integers(data.info.num_frames, size=size)
-        pixels = np.stack([data.pixels[c, f] for c, f in zip(clip, frame, strict=True)])
-        masks = np.stack(
-            [data.masks[c, -(-f // TEMPORAL_STRIDE)] for c, f in zip(clip, frame, strict=True)]
-        )  # frame 0 is latent 0, frames 1-4 are latent 1
-        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        yield (
-            frames,
-            torch.from_numpy(masks).float() / 255,
-            {n: torch.from_numpy(v[clip]) for n, v in classes.items()},
+@dataclass
+class _Batch:
+    """Frames [N, 3, H, W], coverage of the subject in each cell [N, h, w], and classes [N] by attribute."""
+
+    frames: Tensor
+    cover: Tensor
+    classes: dict[str, Tensor]
+
+
+class _FrameSampler:
+    """Random frames of the training clips: most as rendered, some decoded linearly from latents with noise on them."""
+
+    def __init__(self, data: ClipDataset, seed: int) -> None:
+        self.data, self.rng = data, np.random.default_rng(seed)
+        self.classes = {n: np.array([ATTRIBUTES[n].index(getattr(p, n)) for p in data.params]) for n in READ}
+
+    def draw(self, size: int) -> _Batch:
+        decoded = round(_DECODED_SHARE * size)
+        clips = np.concatenate(
+            [
+                self.rng.integers(len(self.data.train_indices), size=decoded),
+                self.rng.integers(
+                    min(len(self.data.pixels), len(self.data.train_indices)), size=size - decoded
+                ),
+            ]
         )
+        times = self.rng.integers(self.data.info.num_frames, size=size)
+        groups = -(-times // TEMPORAL_STRIDE)  # frame 0 is latent 0, frames 1-4 are latent 1
+        frames = self._decoded(clips[:decoded], groups[:decoded], times[:decoded])
+        stored = [self.data.pixels[c, t] for c, t in zip(clips[decoded:], times[decoded:], strict=True)]
+        frames = np.concatenate([frames, np.stack(stored).astype(np.float32) / 255])
+        masks = np.stack([self.data.masks[c, g] for c, g in zip(clips, groups, strict=True)])
+        classes = {name: torch.from_numpy(values[clips]) for name, values in self.classes.items()}
+        return _Batch(
+            torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(masks).float() / 255, classes
+        )
+
+    def _decoded(self, clips: Array, groups: Array, times: Array) -> Array:
+        latents = np.stack([self.data.latents[c, g] for c, g in zip(clips, groups, strict=True)]).astype(
+            np.float32
+        )
+        strength = self.rng.uniform(0, _LATENT_NOISE, (len(latents), 1, 1, 1)).astype(np.float32)
+        noisy = latents + strength * self.rng.standard_normal(latents.shape, dtype=np.float32)
+        # Decoding them as one clip is right for each group by itself; only the first group gives a single frame.
+        frames = self.data.pca.decode(np.concatenate([noisy[:1], noisy]))[1:]
+        return frames[np.arange(len(noisy)) * TEMPORAL_STRIDE + (times - 1) % TEMPORAL_STRIDE]
 
 
 def _loss(
@@ -212,12 +239,10 @@ def _loss(
     generator: torch.Generator,
 ) -> Tensor:
     # Some frames get other colours, and are asked for the shape alone: so shapes do not hang on colours and scenes.
-    permuted = int(_PERMUTED_SHARE * len(frames))
-    channels = torch.rand(permuted, 3, generator=generator).argsort(dim=1)
-    rows = torch.arange(permuted)[:, None]
-    frames = torch.cat([frames[:permuted][rows, channels], frames[permuted:]])
-    logits, predicted = probe(frames)
-    true_colours = torch.arange(len(frames)) >= permuted
+    true_colours = torch.rand(len(frames), generator=generator) >= _PERMUTED_SHARE
+    channels = torch.rand(len(frames), 3, generator=generator).argsort(dim=1)
+    permuted = frames[torch.arange(len(frames))[:, None], channels]
+    logits, predicted = probe(torch.where(true_colours[:, None, None, None], frames, permuted))
     # A subject that is hardly in the frame cannot be told: it counts as much as there is of it.
     there = (cover.sum(dim=(1, 2)) / 3).clamp(max=1)
     total = 20 * functional.binary_cross_entropy_with_logits(predicted, cover)
@@ -242,13 +267,14 @@ def train(
     probe = AttributeProbe()
     optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
     started = time.process_time()
-    for step, (frames, cover, classes) in enumerate(_batches(data, data.info.pixel_clips, batch_size, seed)):
+    sampler = _FrameSampler(data, seed)
+    for step in range(max_steps):
         done = max(step / max_steps, (time.process_time() - started) / seconds)
         if done >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 40) * (1 - done)
-        loss = _loss(probe, augment(frames, generator), cover, classes, generator)
+        loss = _loss(probe, sampler.draw(batch_size), generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(probe.parameters(), 1.0)

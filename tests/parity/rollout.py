@@ -64,7 +64,6 @@ class Rollout:
             self._call(cache, latents, [context_noise] * size, f"{prefix}ctx{index}")
             finished.append(latents)
             start += size
-        first_new = len(finished)
         start = 0
         for index, size in enumerate(block_sizes):
             name = f"{prefix}block{index}"
@@ -90,7 +89,6 @@ class Rollout:
             start += size
             if not merged:
                 self._call(cache, clean, [context_noise] * size, f"{name}.clean")
-        assert first_new + len(block_sizes) == len(finished)
         return torch.cat(finished, dim=1)
 
     def _call(self, cache: KVCache, latents: torch.Tensor, times: list[float], name: str) -> torch.Tensor:
@@ -204,10 +202,8 @@ def check_rolling(path: Path) -> list[Row]:
     for variant, settings in config["variants"].items():
         window = CacheWindow(size, settings["local_attn_size"], settings["sink_size"], positions="absolute")
         rollout = Rollout(model, data, config["shift"], config.get("denoising_step_list", [1000, 750, 500, 250]))
-        data_of_variant = data | {
-            f"{variant}.{name}": value for name, value in data.items() if name.startswith(("noise", "renoise"))
-        }
-        rollout.data = data_of_variant
+        # Noise is the same for all variants and recorded once.
+        rollout.data = data | {f"{variant}.noise": data["noise"]}
         for merged in (False, True):
             cache = model.make_cache(window, height, width)
             latents = rollout.run(cache, sizes, prefix=f"{variant}.", merged=merged)
@@ -247,12 +243,12 @@ def compare_calls(results: Tensors, data: Tensors, prefix: str = "") -> list[Row
     """One row per quantity of all recorded calls: the worst flow and the worst x0."""
     rows = []
     for kind in ("flow", "x0"):
-        names = [n for n in data if n.startswith(prefix) and n.endswith(f".{kind}") and n in results]
-        recorded = [n for n in data if n.startswith(prefix) and n.endswith(f".{kind}")]
-        if missing := set(recorded) - set(names):
+        names = [name for name in data if name.startswith(prefix) and name.endswith(f".{kind}")]
+        if missing := set(names) - results.keys():
             raise ValueError(f"the rollout made no call {sorted(missing)[0]}")
-        worst = max(largest_error(results[name], data[name]) for name in names)
-        rows.append(Row(f"{prefix}{kind} of {len(names)} calls", worst, TOLERANCE))
+        if names:  # the copies kept with the tests hold no single calls
+            worst = max(largest_error(results[name], data[name]) for name in names)
+            rows.append(Row(f"{prefix}{kind} of {len(names)} calls", worst, TOLERANCE))
     return rows
 
 

@@ -1,0 +1,79 @@
+"""Noise and schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from pipeline.sampler import (
+    DenoisingSteps,
+    FlowSchedule,
+    add_noise,
+    block_noise,
+    clean_to_flow,
+    denoise_block,
+    flow_to_clean,
+    shifted_time,
+)
+
+STEPS = [1000, 750, 500, 250]
+SHAPE = (1, 3, 4, 2, 2)
+
+
+def test_noise_is_a_function_of_seed_block_and_step() -> None:
+    reference = block_noise(7, 3, 2, SHAPE)
+    block_noise(7, 4, 0, SHAPE)
+    torch.manual_seed(0)
+    assert torch.equal(block_noise(7, 3, 2, SHAPE), reference)
+    others = [block_noise(*key, SHAPE) for key in ((8, 3, 2), (7, 4, 2), (7, 3, 1), (73, 2, 2), (7, 32, 2))]
+    assert not any(torch.equal(other, reference) for other in others)
+    assert reference.dtype == torch.float32 and reference.device.type == "cpu"
+
+
+def test_largest_seed_and_statistics() -> None:
+    noise = block_noise(2**32 - 1, 10**6, 3, (100, 1000))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_warped_steps_agree_with_diffusers() -> None:
+    schedule = FlowSchedule(5.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=[step / 1000 for step in STEPS])
+    torch.testing.assert_close(schedule.warp(STEPS), scheduler.timesteps.float(), rtol=0, atol=1e-3)
+
+
+def test_conversions_are_inverse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, *SHAPE, generator=generator).unbind()
+    sigma = torch.tensor(0.8)
+    noisy = add_noise(clean, noise, sigma)
+    flow = noise - clean
+    torch.testing.assert_close(flow_to_clean(flow, noisy, sigma), clean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clean_to_flow(clean, noisy, sigma), flow, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("exit_step", [None, 0, 2])
+def test_denoise_block_visits_each_step_once(exit_step: int | None) -> None:
+    steps = DenoisingSteps.from_schedule(FlowSchedule(5.0), STEPS)
+    target = torch.full(SHAPE, 0.5)
+    calls, draws = [], []
+
+    def predict(latents: torch.Tensor, timestep: float, step: int) -> torch.Tensor:
+        calls.append((round(timestep, 2), step))
+        return clean_to_flow(target, latents, steps.sigmas[step])
+
+    def noise(step: int) -> torch.Tensor:
+        draws.append(step)
+        return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step))
+
+    estimates = list(denoise_block(predict, noise, steps, exit_step))
+    count = 4 if exit_step is None else exit_step + 1
+    assert calls == [(1000.0, 0), (937.5, 1), (833.33, 2), (625.0, 3)][:count]
+    assert draws == list(range(count))
+    torch.testing.assert_close(estimates[-1], target, rtol=0, atol=1e-6)
+
+
+def test_shift_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="shift must be positive"):
+        shifted_time(torch.rand(3), float("nan"))
