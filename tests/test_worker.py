@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -80,7 +81,7 @@ def test_runs_are_served_in_turn(worker: ModelWorker, pipeline: ScriptedPipeline
         reader.join(20)
     assert results == {n: list(range(NUM_FRAMES)) for n in range(3)}
     assert [request.seed for request in pipeline.requests] == [1, 2, 3]
-    assert all(end <= begin for (_, end), (begin, _) in zip(pipeline.intervals, pipeline.intervals[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(pipeline.intervals))
 
 
 @pytest.mark.parametrize("at", [(block, step) for block in range(3) for step in range(4)])

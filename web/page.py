@@ -122,7 +122,9 @@ class Page:
                             gr.HTML(_word_list(words), padding=False)
             with gr.Column(scale=7, min_width=320, elem_id="result"):
                 self.video = live_video(label="Video", show_label=False, elem_id="video")
-                self.status = gr.HTML(status.idle(_describe(self.model)), elem_id="status", padding=False)
+                self.status = gr.HTML(
+                    status.idle(_describe(self.model)), label="Status", show_label=False, elem_id="status", padding=False
+                )
                 self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
 
     def _lay_out_settings(self) -> None:

@@ -1,0 +1,549 @@
+"""The page's server side: the run as an API client sees it, refusals, Stop, disconnects, and how the program starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import httpx
+import numpy as np
+import pytest
+
+import app
+from pipeline.blocks import FrameBlock, RunInfo
+from pipeline.config import GenerationRequest, clean_prompt
+from pipeline.errors import NonFiniteOutput
+from pipeline.recipe import read_recipe
+from pipeline.worker import ModelWorker
+from tests.media import read_media
+from tests.scripted import SPEC, ScriptedPipeline, paint, read_code
+from web import status
+from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
+from web.page import EXAMPLES_FILE
+from web.sessions import Sessions
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Server:
+    """A running page, and a visitor of it who speaks HTTP."""
+
+    def __init__(self, pipeline, **settings) -> None:
+        self.pipeline = pipeline
+        self.demo = app.build_app(pipeline, **settings)
+        _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
+        self.http = httpx.Client(base_url=self.url.rstrip("/") + "/gradio_api", timeout=30)
+
+    def fn_index(self, name: str) -> int:
+        return next(index for index, fn in self.demo.fns.items() if fn.api_name == name)
+
+    def join(self, *data, session: str, name: str = "generate") -> httpx.Response:
+        body = json.dumps({"data": data, "fn_index": self.fn_index(name), "session_hash": session})
+        return self.http.post("/queue/join", content=body, headers={"content-type": "application/json"})
+
+    def events(self, session: str) -> Iterator[dict]:
+        with self.http.stream("GET", f"/queue/data?session_hash={session}") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    event = json.loads(line[5:])
+                    if event["msg"] == "close_stream":
+                        return
+                    yield event
+
+    def generate(self, prompt="a red ball", seed=7, fps=16, seconds=2, *options, session: str | None = None) -> list:
+        """All values that a run gives to (video, status, file); raises what the visitor is told if it fails."""
+        session = session or uuid.uuid4().hex
+        answer = self.join(prompt, seed, fps, seconds, *(options or (False, False, False)), session=session)
+        assert answer.status_code == 200, answer.text
+        values, last = [], [None, None, None]
+        for event in self.events(session):
+            if event["msg"] == "process_generating":
+                last = merged(last, event["output"]["data"]) if values else event["output"]["data"]
+                values.append(list(last))
+            elif event["msg"] == "process_completed":
+                if not event["success"]:
+                    raise Refused(event["output"]["error"], values)
+                return values
+        raise AssertionError("the stream of events ended before the run")
+
+    def close(self) -> None:
+        self.http.close()
+        self.demo.close(verbose=False)
+
+
+class Refused(Exception):
+    def __init__(self, message: str | None, values: list) -> None:
+        super().__init__(message)
+        self.values = values
+
+
+def merged(old: list, changes: list) -> list:
+    """Gradio sends only what changed, each output as a list of edits."""
+    from gradio_client.utils import apply_diff
+
+    return [apply_diff(value, change) for value, change in zip(old, changes, strict=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def shared_server():
+    server = Server(ScriptedPipeline(unavailable={"compile": "There is no compiler here."}), max_seconds=20)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    pipeline = shared_server.pipeline
+    pipeline.step_seconds, pipeline.on_step = 0.0, None
+    for record in (pipeline.faults, pipeline.requests, pipeline.made, pipeline.intervals, pipeline.stamps):
+        record.clear()
+    return shared_server
+
+
+# ---- a run
+
+
+def segments_of(server: Server, playlist: str) -> list[tuple[float, bytes]]:
+    base = playlist.rsplit("/", 1)[0]
+    lines = httpx.get(playlist).text.splitlines()
+    assert lines[0] == "#EXTM3U" and lines[-1] == "#EXT-X-ENDLIST"
+    lengths = [float(line[8:].rstrip(",")) for line in lines if line.startswith("#EXTINF:")]
+    names = [line for line in lines if not line.startswith("#")]
+    return [(length, httpx.get(f"{base}/{name}").content) for length, name in zip(lengths, names, strict=True)]
+
+
+def test_a_run_streams_segments_and_ends_with_a_file(server: Server, tmp_path: Path) -> None:
+    session = uuid.uuid4().hex
+    with server.http.stream("GET", f"/heartbeat/{session}"):  # as a browser does; it keeps the stream alive
+        values = server.generate(seconds=3, session=session)
+        playlist = next(value[0]["url"] for value in values if isinstance(value[0], dict) and "url" in value[0])
+        segments = segments_of(server, playlist)
+    assert sum(length for length, _ in segments) == pytest.approx(45 / 16)
+    (tmp_path / "all.ts").write_bytes(b"".join(data for _, data in segments))
+    assert [read_code(picture) for picture in read_media(tmp_path / "all.ts").frames] == list(range(45))
+    assert "Finished" in values[-1][1] and "45 frames" in values[-1][1] and ">7<" in values[-1][1]
+    file = values[-1][2]["path"]
+    assert [read_code(picture) for picture in read_media(file).frames] == list(range(45))
+    assert read_recipe(file)["prompt"] == "a red ball"
+    assert server.http.get(values[-1][2]["url"].split("/gradio_api")[1]).content == Path(file).read_bytes()
+
+
+def test_the_status_tells_the_run_as_it_goes(server: Server) -> None:
+    server.pipeline.step_seconds = 0.01
+    told = [value[1] for value in server.generate(seconds=3)]
+    assert "Starting" in told[0]
+    for number in range(1, 5):
+        assert any(f"Block {number} of 4" in text for text in told)
+    assert all(word in told[-2] for word in ("First frame", "Generation", "Playback", "16 FPS", "Seed", "float32"))
+
+
+def test_the_request_arrives_as_it_was_made(server: Server) -> None:
+    server.generate("  a RED\tball ", 5, 12, 1.5, True, True, False)
+    assert server.pipeline.requests == [
+        GenerationRequest(prompt="a RED ball", seed=5, fps=12, seconds=1.5, taehv=True, fp8=True)
+    ]
+
+
+def test_an_empty_fps_field_means_the_models_own(server: Server) -> None:
+    server.generate(fps=None)
+    assert server.pipeline.requests[0].fps == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": ""}, ["prompt is empty"]),
+        ({"prompt": "\u0000 \n"}, ["prompt is empty"]),
+        ({"prompt": "x" * 2001}, ["2,001"]),
+        ({"prompt": "x" * 1_000_000}, ["1,000,000"]),
+        ({"seed": 1.5}, ["seed", "1.5"]),
+        ({"seed": True}, ["seed", "True"]),
+        ({"seed": -2}, ["seed", "-2"]),
+        ({"seed": 2**63}, ["seed"]),
+        ({"seed": float("nan")}, ["seed", "nan"]),
+        ({"seed": [1]}, []),
+        ({"fps": float("inf")}, ["fps", "inf"]),
+        ({"fps": 0}, ["fps"]),
+        ({"seconds": float("nan")}, ["seconds", "nan"]),
+        ({"seconds": 21}, ["seconds", "20 here"]),
+        ({"seconds": None}, ["seconds"]),
+        ({"seconds": "long"}, []),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_input_is_refused_before_the_model_sees_it(server: Server, fields: dict, words: list[str]) -> None:
+    with pytest.raises(Refused) as refused:
+        server.generate(**fields)
+    for word in words:
+        assert word in str(refused.value)
+    assert str(ROOT) not in str(refused.value)
+    assert server.pipeline.requests == []
+
+
+def test_options_must_be_switches_and_possible(server: Server) -> None:
+    with pytest.raises(Refused, match="taehv is 'yes'"):
+        server.generate("a ball", 7, 16, 2, "yes", False, False)
+    with pytest.raises(Refused, match="no compiler"):
+        server.generate("a ball", 7, 16, 2, False, False, True)
+    assert server.pipeline.requests == []
+
+
+def test_a_failing_run_keeps_what_was_made_and_says_why(server: Server) -> None:
+    server.pipeline.faults[2, 1] = NonFiniteOutput("The model produced invalid numbers in block 3.")
+    with pytest.raises(Refused, match="invalid numbers in block 3") as refused:
+        server.generate(seconds=5)
+    _, text, file = refused.value.values[-1]
+    assert "Failed" in text and "invalid numbers in block 3" in text
+    assert [read_code(picture) for picture in read_media(file["path"]).frames] == list(range(21))
+    assert read_recipe(file["path"])["complete"] is False
+    assert "Finished" in server.generate()[-1][1]
+
+
+def test_an_unexpected_error_tells_no_secrets(server: Server) -> None:
+    server.pipeline.faults[0, 0] = RuntimeError("/srv/secret.py is broken")
+    with pytest.raises(Refused, match="failed unexpectedly") as refused:
+        server.generate()
+    assert "/srv" not in str(refused.value) + str(refused.value.values)
+    assert refused.value.values[-1][2] is None
+
+
+def test_stop_ends_the_run_and_gives_the_file(server: Server) -> None:
+    session = uuid.uuid4().hex
+    server.pipeline.step_seconds = 0.05
+
+    def stop() -> None:
+        wait_until(lambda: len(server.pipeline.made) >= 2)
+        body = {"data": [], "session_hash": session, "fn_index": server.fn_index("stop")}
+        assert httpx.post(f"{server.http.base_url}run/stop", json=body).status_code == 200
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    values = server.generate(seconds=20, session=session)
+    thread.join()
+    assert "Stopped" in values[-1][1]
+    codes = [read_code(picture) for picture in read_media(values[-1][2]["path"]).frames]
+    assert 21 <= len(codes) <= 60 and codes == list(range(len(codes)))
+    server.pipeline.step_seconds = 0
+    assert "Finished" in server.generate()[-1][1]
+
+
+def test_one_visitor_cannot_stop_another(server: Server) -> None:
+    server.pipeline.step_seconds = 0.02
+    stopper = threading.Thread(
+        target=lambda: (
+            wait_until(lambda: len(server.pipeline.made) >= 1),
+            httpx.post(f"{server.http.base_url}run/stop", json={"data": [], "session_hash": "somebody"}),
+        )
+    )
+    stopper.start()
+    values = server.generate(seconds=3)
+    stopper.join()
+    assert "Finished" in values[-1][1]
+
+
+def test_two_visitors_take_turns_and_get_their_own(server: Server) -> None:
+    results = {}
+
+    def visit(seed: int) -> None:
+        results[seed] = server.generate(seed=seed)
+
+    visitors = [threading.Thread(target=visit, args=(seed,)) for seed in (1, 2, 3)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(60)
+    for seed in (1, 2, 3):
+        file = results[seed][-1][2]["path"]
+        assert read_recipe(file)["seed"] == seed
+        assert len(read_media(file).frames) == 33
+    spans = sorted(server.pipeline.intervals)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_a_closed_tab_frees_the_model(server: Server) -> None:
+    session = uuid.uuid4().hex
+    server.pipeline.step_seconds = 0.05
+    with server.http.stream("GET", f"/heartbeat/{session}") as tab:
+        beats = tab.iter_lines()
+        next(beats)
+        assert server.join("a ball", 7, 16, 20, False, False, False, session=session).status_code == 200
+        reader = threading.Thread(target=lambda: list(server.events(session)), daemon=True)
+        reader.start()
+        wait_until(lambda: len(server.pipeline.made) >= 2)
+    wait_until(lambda: len(server.pipeline.intervals) == 1, 3)
+    assert len(server.pipeline.made) < 10
+
+
+def test_a_run_that_nobody_listens_to_ends_at_its_deadline() -> None:
+    server = Server(ScriptedPipeline(step_seconds=0.05), max_seconds=1)
+    try:
+        assert server.join("a ball", 7, 60, 1, False, False, False, session="deaf").status_code == 200
+        wait_until(lambda: len(server.pipeline.intervals) == 1, 15)
+        assert "Finished" in server.generate(seconds=0.5)[-1][1]
+    finally:
+        server.close()
+
+
+def test_nothing_but_the_apps_own_files_is_served(server: Server) -> None:
+    for path in ("/etc/passwd", str(ROOT / "app.py"), "/proc/self/environ", str(ROOT / "examples" / "prompts.json")):
+        assert server.http.get(f"/file={path}").status_code == 403
+
+
+def test_the_page_brings_everything_itself(server: Server) -> None:
+    page = httpx.get(server.url).text
+    config = httpx.get(f"{server.url}config").text
+    assert "fonts.googleapis" not in page + config and "cdnjs" not in page + config
+    assert "sf-status" in config and "Ctrl + Enter" in config, "style sheet and first status"
+
+
+def test_unknown_words_are_named(server: Server) -> None:
+    def noticed(prompt: str) -> str:
+        index = next(i for i, fn in server.demo.fns.items() if fn.name == "_notice")
+        body = {"data": [prompt], "fn_index": index, "session_hash": "s"}
+        return server.http.post("/run/predict", json=body).json()["data"][0]
+
+    assert noticed("a red ball") == ""
+    assert "<b>&lt;b&gt;volcano</b>" in noticed("a red <b>volcano over the city")
+
+
+# ---- pipelines that tell less of themselves
+
+
+class Minimal:
+    """No more than the page cannot do without."""
+
+    def stream(self, request: GenerationRequest) -> Iterator[SimpleNamespace]:
+        for index in range(3):
+            yield SimpleNamespace(frames=np.stack([paint(4 * index + n, 64, 112) for n in range(4)]))
+
+
+def test_a_pipeline_with_nothing_but_stream_works() -> None:
+    server = Server(Minimal())
+    try:
+        _, text, file = server.generate(seed=-1)[-1]
+        assert "Finished" in text and "12 frames" in text
+        assert [read_code(picture) for picture in read_media(file["path"]).frames] == list(range(12))
+    finally:
+        server.close()
+
+
+def test_a_worker_with_a_loaded_pipeline_works_too() -> None:
+    with ModelWorker(lambda: ScriptedPipeline()) as worker:
+        assert isinstance(app.build_app(worker), gr.Blocks)
+
+
+def test_what_cannot_work_is_disabled_and_says_why() -> None:
+    demo = app.build_app(ScriptedPipeline(unavailable={"compile": "There is no compiler here."}))
+    by_label = {block.label: block for block in demo.blocks.values() if hasattr(block, "label")}
+    assert by_label["torch.compile"].interactive is False and "no compiler" in by_label["torch.compile"].info
+    assert by_label["FP8 quantization"].interactive is not False
+    for label in ("torch.compile", "FP8 quantization", "TAEHV VAE"):
+        assert by_label[label].value is False
+    assert by_label["Seed"].value == -1 and by_label["Target FPS"].value == SPEC.fps and by_label["Length (s)"].value == 5
+
+
+def test_the_examples_are_good_prompts() -> None:
+    prompts = json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
+    assert prompts[0] == "a red balloon rises over the mountains at sunset"
+    assert len(prompts) == len(set(prompts)) == 10
+    captions = pytest.importorskip("training.captions")
+    known = set(captions.vocabulary())
+    for prompt in prompts:
+        assert clean_prompt(prompt) == prompt and set(captions.words(prompt)) <= known
+
+
+# ---- parts
+
+
+def block(index: int, elapsed: float, fps: float = 16, num_blocks: int = 7, work: float = 0.0) -> FrameBlock:
+    run = RunInfo(
+        request=GenerationRequest(prompt="a"),
+        seed=1,
+        fps=fps,
+        num_blocks=num_blocks,
+        num_frames=SPEC.frames_in(num_blocks),
+    )
+    frames = np.zeros((9 if index == 0 else 12, 1, 1, 3), np.uint8)
+    return FrameBlock(index=index, frames=frames, start_frame=0, run=run, elapsed=elapsed, denoise_seconds=work)
+
+
+def released_at(times: list[float], fps: float, pace: float | None = None) -> int:
+    """Index of the block with which playback begins."""
+    buffer = PlaybackBuffer(pace)
+    for index, elapsed in enumerate(times):
+        if buffer.may_play(block(index, elapsed, fps, len(times)), SPEC.frames_in(index + 1)):
+            return index
+    raise AssertionError("never")
+
+
+def test_a_fast_model_plays_at_once() -> None:
+    assert released_at([0.15 * (n + 1) for n in range(7)], fps=16) == 0
+
+
+def test_a_model_just_fast_enough_gets_a_block_in_hand() -> None:
+    assert released_at([0.5 * (n + 1) for n in range(7)], fps=16) == 1
+    assert released_at([0.5 * (n + 1) for n in range(7)], fps=6) == 0
+
+
+def test_a_slow_model_buffers_for_at_most_three_seconds() -> None:
+    first = released_at([n + 1.0 for n in range(60)], fps=16)
+    assert 1 <= first <= MAX_BUFFER_SECONDS
+    assert released_at([10.0 * (n + 1) for n in range(5)], fps=16) == 0, "waiting would not help"
+
+
+def test_the_last_block_is_never_held() -> None:
+    assert released_at([0.8, 1.6], fps=60) <= 1
+    assert released_at([5.0], fps=60) == 0
+
+
+def test_what_an_earlier_run_measured_is_used() -> None:
+    buffer = PlaybackBuffer(0.01)
+    assert buffer.may_play(block(0, 9.0), 9), "the first run of all is slow to begin; its pace is known to be good"
+
+
+def test_status_escapes_everything() -> None:
+    run = replace(block(0, 1.0).run, applied={"<i>": "<script>"})
+    meter = status.RunMeter(run)
+    meter.count(replace(block(0, 1.0), run=run))
+    for text in (status.failed("<script>", meter), status.generating(meter), status.idle("<script>")):
+        assert "<script>" not in text and "<i>" not in text.replace("<i style", "")
+
+
+def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:
+    sessions = Sessions()
+    assert sessions.expect("a") == 0 and sessions.expect("b") == 1
+    ticket = sessions.begin("b")
+    assert sessions.stop("a") == 1 and not ticket.stopped
+    assert sessions.begin("a").stopped, "the run that waited"
+    assert not sessions.begin("a").stopped, "a new one"
+    assert sessions.stop("b") == 1 and ticket.stopped and sessions.stop("b") == 0
+    sessions.end("b", ticket)
+    assert not sessions.busy("b") and sessions.busy("a")
+
+
+# ---- the program
+
+SCRIPTED = """
+import sys
+import app
+from tests.scripted import ScriptedPipeline
+sys.exit(app.main(load=lambda folder, device: ScriptedPipeline()))
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model_index.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], ["--auth", "--allow-public"]),
+        (["--host", "192.168.0.7"], ["--auth"]),
+        (["--host", "example.com"], ["--auth"]),
+        (["--share"], ["share link", "--auth"]),
+        (["--auth", "nopassword"], ["user:password"]),
+        (["--auth", ":x"], ["user:password"]),
+        (["--port", "0"], ["port"]),
+        (["--port", "x"], ["port", "x"]),
+        (["--max-seconds", "nan"], ["max-seconds", "nan"]),
+        (["--max-seconds", "0"], ["max-seconds"]),
+        (["--device", "gpu"], ["device", "gpu"]),
+        (["--model", "missing"], ["missing"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_bad_start_is_refused_in_a_sentence(model: Path, capsys, arguments, words) -> None:
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", str(model)]
+    assert app.main(arguments, load=lambda folder, device: pytest.fail("the model must not be loaded")) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    for word in words:
+        assert word.lower() in said.err.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "auth"),
+    [
+        (["--host", "0.0.0.0"], ("user", "pass:word")),
+        (["--host", "0.0.0.0", "--allow-public"], None),
+        (["--host", "127.0.0.1"], None),
+        (["--host", "localhost"], None),
+        (["--host", "::1"], None),
+    ],
+)
+def test_exposure_that_was_meant_is_allowed(arguments: list[str], auth) -> None:
+    options = app.parse(arguments)
+    app.check_exposure(options, auth)
+    assert app.read_auth("user:pass:word") == ("user", "pass:word")
+
+
+def test_on_a_space_the_platform_decides(monkeypatch) -> None:
+    monkeypatch.setattr(app, "ON_SPACE", True)
+    options = app.parse([])
+    assert options.host == "0.0.0.0"
+    app.check_exposure(options, None)
+
+
+def test_the_program_serves_and_ends_on_request(model: Path) -> None:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPTED, "--model", str(model), "--port", str(port), "--auth", "me:secret"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = ""
+        while "Open http" not in said:
+            line = process.stderr.readline()
+            assert line, f"it ended: {said}"
+            said += line
+        assert f"http://127.0.0.1:{port}" in said and "secret" not in said
+        assert httpx.get(f"http://127.0.0.1:{port}/config").status_code == 401
+
+        taken = subprocess.run(
+            [sys.executable, "-c", SCRIPTED, "--model", str(model), "--port", str(port)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert taken.returncode == 2 and str(port) in taken.stderr and "Traceback" not in taken.stderr
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
