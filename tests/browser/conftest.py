@@ -1,0 +1,120 @@
+"""A real browser in front of a real server; only the model is scripted."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import app
+from tests.scripted import WORDS, ScriptedPipeline
+
+RECORDER = Path(__file__).parent / "recorder.js"
+
+
+def no_browser(reason: str) -> None:
+    """Without a browser these tests are skipped on a developer's machine, and fail where they are the gate."""
+    message = f"no browser to test with: {reason}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        no_browser("the package playwright is not installed (pip install playwright)")
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        except Error as error:
+            no_browser(f"{str(error).splitlines()[0]} (Debian: apt-get install chromium)")
+        yield browser
+        browser.close()
+
+
+class Site:
+    """The page on a port of its own."""
+
+    def __init__(self, pipeline) -> None:
+        self.pipeline = pipeline
+        self.demo = app.build_app(pipeline)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, server_port=port)
+
+    def reset(self) -> None:
+        """Forget what earlier tests asked of the model."""
+        pipeline = self.pipeline
+        pipeline.step_seconds, pipeline.on_step = 0.02, None
+        for record in (pipeline.faults, pipeline.requests, pipeline.made, pipeline.intervals, pipeline.stamps):
+            record.clear()
+
+    def close(self) -> None:
+        self.demo.close(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def shared_site(browser, tmp_path_factory) -> Iterator[Site]:
+    # The server runs without ffmpeg and ffprobe on PATH, and so does everything below. (The browser is up already.)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = str(tmp_path_factory.mktemp("empty"))
+    site = Site(ScriptedPipeline(vocabulary=sorted({*WORDS, "volcano"} - {"volcano"})))
+    yield site
+    site.close()
+    os.environ["PATH"] = path
+
+
+@pytest.fixture
+def site(shared_site: Site) -> Site:
+    shared_site.reset()
+    return shared_site
+
+
+@pytest.fixture
+def open_page(browser, site: Site) -> Iterator[Callable]:
+    """Open the page in a fresh browser profile. At the end: no script error, and not a byte from another host."""
+    contexts, errors, foreign = [], [], []
+
+    def open_page(width: int = 1280, height: int = 800):
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        context.add_init_script(path=RECORDER)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request", lambda request: request.url.startswith(("http", "ws")) and foreign.append(request.url)
+        )
+        page.goto(site.url)
+        page.wait_for_selector("#generate")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+    assert [url for url in foreign if not url.startswith(site.url)] == []
+
+
+def retried(test: Callable) -> Callable:
+    """For tests of timing: once more before it counts, for a machine that was busy with something else."""
+
+    @functools.wraps(test)
+    def twice(**fixtures):
+        try:
+            test(**fixtures)
+        except AssertionError:
+            fixtures["site"].reset()
+            test(**fixtures)
+
+    return twice
