@@ -27,7 +27,17 @@ _HOMES = {
     "StreamingPipeline": "pipeline.blocks",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "CausalWanTransformer3DModel",
+    "FrameBlock",
+    "GeneratedVideo",
+    "GenerationRequest",
+    "ModelSpec",
+    "ModelWorker",
+    "RunInfo",
+    "SelfForcingPipeline",
+    "StreamingPipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,28 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import GenerationRequest, ModelSpec
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
-from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
+from pipeline.errors import NonFiniteOutput, SelfForcingError
+from pipeline.folder import ModelFolder
 from pipeline.options import TransformerOptions, check_available, unavailable_options
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
-
-INDEX_FILE = "model_index.json"
-COMPONENTS = {
-    "transformer": ("pipeline", "CausalWanTransformer3DModel"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
-    "vae": ("diffusers", "AutoencoderKLWan"),
-    "taehv": ("pipeline", "TAEHV"),
-}
-"""Folder of a model -> library and class, as `model_index.json` must name them. Only `taehv` may be missing."""
 
 
 class SelfForcingPipeline:
@@ -94,32 +83,20 @@ class SelfForcingPipeline:
         Raises:
             WeightsError: something is missing, damaged or of another kind.
         """
-        folder = Path(folder)
-        spec, present = read_index(folder)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+        source = ModelFolder(folder)
 
-        def load(model_class: Any, name: str) -> Any:
-            try:
-                model = model_class.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
-            except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-                raise WeightsError(
-                    f"The {name} of {spec.name} cannot be loaded: a file in {folder.name}/{name} is missing or damaged, "
-                    "or does not fit its config. Get the model folder again."
-                ) from error
-            return model.to(target).eval().requires_grad_(False)
+        def load(name: str) -> Any:
+            return source.load(name, dtype).to(target)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"The tokenizer in {folder.name}/tokenizer is missing or damaged.") from error
         return cls(
-            spec,
-            TransformerOptions(lambda: load(CausalWanTransformer3DModel, "transformer")),
-            TextEncoder(load(UMT5EncoderModel, "text_encoder"), tokenizer, spec.text_len),
-            load(AutoencoderKLWan, "vae"),
-            load(TAEHV, "taehv") if "taehv" in present else None,
-            weights_sha256=folder_sha256(folder / "transformer"),
+            source.spec,
+            TransformerOptions(lambda: load("transformer")),
+            TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len),
+            load("vae"),
+            load("taehv") if source.has("taehv") else None,
+            weights_sha256=source.sha256("transformer"),
         )
 
     @property
@@ -279,43 +256,3 @@ def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
         raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
     pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
     return pixels.contiguous().cpu().numpy()
-
-
-def read_index(folder: Path) -> tuple[ModelSpec, set[str]]:
-    """Spec and components of a model folder, from its `model_index.json`.
-
-    Raises:
-        WeightsError: no such file, or one of another pipeline: a stock Wan folder would load without complaint and then make
-            video with bidirectional attention.
-    """
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{folder.name!r} is not a model folder: it has no {INDEX_FILE}. Pass the folder of a model, for example "
-            "weights/embedded."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"The {INDEX_FILE} of {folder.name!r} cannot be read. Get the model folder again.") from error
-    if not isinstance(index, dict) or index.get("_class_name") != "SelfForcingPipeline":
-        found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
-        raise WeightsError(f"{folder.name!r} is a folder for {found}, not for SelfForcingPipeline.")
-    present = set()
-    for name, expected in COMPONENTS.items():
-        entry = index.get(name)
-        if entry is None and name == "taehv":
-            continue
-        if entry is None or tuple(entry) != expected:
-            raise WeightsError(f"The {name} of {folder.name!r} is {entry}, but must be {list(expected)}.")
-        present.add(name)
-    return ModelSpec.from_config(index.get("settings", {})), present
-
-
-def folder_sha256(folder: Path) -> str:
-    """Hash of all weight files of a component, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -195,7 +195,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         frame.
         """
         self._check(latents, self.config["latent_channels"], "latents [B, F, C, h, w]")
-        return self._run(self.decoder, latents, memory)
+        return self.run(self.decoder, latents, memory)
 
     def encode_raw(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
         """Frames [B, T, 3, H, W] in [0, 1] -> latents [B, ceil(T / temporal_scale), C, h, w].
@@ -211,7 +211,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         lacking = -frames.shape[1] % self.temporal_scale
         if lacking:
             frames = torch.cat([frames, frames[:, -1:].expand(-1, lacking, -1, -1, -1)], 1)
-        return self._run(self.encoder, frames, memory)
+        return self.run(self.encoder, frames, memory)
 
     def _check(self, x: Tensor, channels: int, meaning: str) -> None:
         if x.ndim != 5 or x.shape[2] != channels or x.shape[1] < 1:
@@ -220,7 +220,7 @@ class TAEHV(ModelMixin, ConfigMixin):
                 f"got shape {tuple(x.shape)}."
             )
 
-    def _run(self, layers: nn.Sequential, x: Tensor, memory: Memory | None) -> Tensor:
+    def run(self, layers: nn.Sequential, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Push frames through the layers side by side; a MemBlock sees its previous input at its own rate."""
         batch = x.shape[0]
         x = x.to(device=self.device, dtype=self.dtype).flatten(0, 1)

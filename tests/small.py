@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from pipeline.cache import CacheWindow, KVCache
+from pipeline.folder import index_entries
+from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 
 CHANNELS, HEIGHT, WIDTH, TEXT_LEN, TEXT_DIM = 4, 4, 6, 5, 8
@@ -65,3 +76,48 @@ def write_blocks(
         cache.begin_block(part.shape[1])
         flows.append(model(part, torch.full(part.shape[:2], timestep), text, cache=cache))
     return torch.cat(flows, dim=1)
+
+SMALL_SETTINGS: dict[str, Any] = {
+    "name": "small",
+    "height": 16,
+    "width": 32,
+    "fps": 12,
+    "native_fps": 16,
+    "frames_per_block": 3,
+    "text_len": 8,
+    "denoising_steps": [1000, 750, 500, 250],
+    "shift": 5.0,
+    "window_frames": 9,
+    "sink_frames": 3,
+    "context_noise": 0.0,
+}
+WORDS = ("a", "red", "blue", "balloon", "car", "rises", "over", "the", "mountains")
+
+
+def write_model_folder(folder: Path, *, taehv: bool = True, **settings: Any) -> Path:
+    """A complete random model of 16 x 32 pixels, small enough to stream in a test."""
+    torch.manual_seed(0)
+    transformer = small_transformer(in_channels=4, out_channels=4, text_dim=8)
+    transformer.save_pretrained(folder / "transformer")
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics).save_pretrained(
+        folder / "vae"
+    )
+    parts = ("transformer", "text_encoder", "vae", "taehv") if taehv else ("transformer", "text_encoder", "vae")
+    if taehv:
+        TAEHV(latent_channels=4, decoder_widths=(8, 8, 8, 8), encoder_width=8).save_pretrained(folder / "taehv")
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[EOS]", "[UNK]", *WORDS))}
+    config = UMT5Config(
+        vocab_size=len(vocabulary), d_model=8, d_kv=4, num_heads=2, d_ff=16, num_layers=1, pad_token_id=0, eos_token_id=1
+    )
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = Lowercase()
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    ).save_pretrained(folder / "tokenizer")
+    index = {**index_entries(parts), "settings": SMALL_SETTINGS | settings}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -203,7 +203,7 @@ class BaseStage:
             self.master.load_state_dict(state["average"])
             self.average = WeightAverage(list(self.master.parameters()), config.average_decay)
         self.clock = StageClock(config.minutes, spent)
-        self.worker = copy.deepcopy(self.master).to(torch.bfloat16)
+        self.worker = copy.deepcopy(self.master).bfloat16()
         self.precision = MixedPrecision(self.master, self.worker)
 
     def run(self) -> None:

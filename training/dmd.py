@@ -52,7 +52,7 @@ class DMDConfig:
     """Of the teacher, in the form u + guidance * (c - u)."""
     long_share: float = 0.4
     """Share of iterations whose rollouts outgrow the window, and how long those may get, in blocks."""
-    long_blocks: tuple[int, int] = (4, 7)
+    long_blocks: tuple[int, int] = (4, 6)
     score_shift: float = 2.0
     """Shift of the noise levels at which scores are compared."""
     score_range: tuple[float, float] = (0.03, 0.97)
@@ -160,15 +160,14 @@ class DMDStage:
         spent = self._load() if self.path.exists() else 0.0
         self.clock = StageClock(config.minutes, spent)
 
-        half = torch.bfloat16
-        self.generator = copy.deepcopy(self.master).to(half)
-        critic = copy.deepcopy(self.critic_master).to(half)
+        self.generator = copy.deepcopy(self.master).bfloat16()
+        critic = copy.deepcopy(self.critic_master).bfloat16()
         self.precision = MixedPrecision(self.master, self.generator)
         self.critic_precision = MixedPrecision(self.critic_master, critic)
-        self.scores = ScoreNetworks(config, teacher.to(half).requires_grad_(False), critic)
+        self.scores = ScoreNetworks(config, teacher.bfloat16().requires_grad_(False), critic)
         self.rollout = Rollout(self.generator, config.rollout, config.latent_shape)
         self.text = load_text_encoder(Path(config.text))
-        self.empty_text = self.text.encode([""]).to(half)
+        self.empty_text = self.text.encode([""]).bfloat16()
         self.remembered: list[Clips] = []
 
     def run(self) -> None:
@@ -209,7 +208,7 @@ class DMDStage:
         num_blocks = int(shared.integers(config.long_blocks[0], config.long_blocks[1] + 1)) if late else window_blocks
         exit_step = int(shared.integers(len(rollout.denoising_steps)))
         prompts = [make_caption(sample_params(captions, split="train"), captions)[0] for _ in range(config.batch)]
-        text = self.text.encode(prompts).to(torch.bfloat16)
+        text = self.text.encode(prompts).bfloat16()
         scored = window_blocks - rollout.sink_frames // rollout.block_frames if late else window_blocks
         with torch.set_grad_enabled(gradients):
             latents = self.rollout(

@@ -1,0 +1,295 @@
+"""The pipeline on a small random model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+import pipeline as package
+from pipeline import GenerationRequest, SelfForcingPipeline
+from pipeline.blocks import FrameBlock
+from pipeline.control import RunControl
+from pipeline.errors import Cancelled, DeadlineExceeded, NonFiniteOutput, OptionUnavailable, SelfForcingError, WeightsError
+from tests.small import write_model_folder
+
+PROMPT = "a red balloon rises over the mountains"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> SelfForcingPipeline:
+    return SelfForcingPipeline.from_pretrained(folder, device="cpu")
+
+
+def request(**changes: Any) -> GenerationRequest:
+    return GenerationRequest(**({"prompt": PROMPT, "seed": 7, "seconds": 3} | changes))
+
+
+def frames(pipe: SelfForcingPipeline, **changes: Any) -> np.ndarray:
+    return pipe.generate(request(**changes)).frames
+
+
+def test_public_names() -> None:
+    assert set(package.__all__) >= {"SelfForcingPipeline", "GenerationRequest"}
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+
+
+def test_blocks_are_streamed(pipe: SelfForcingPipeline) -> None:
+    blocks = list(pipe.stream(request()))
+    assert [block.index for block in blocks] == [0, 1, 2]
+    assert [block.frames.shape for block in blocks] == [(9, 16, 32, 3), (12, 16, 32, 3), (12, 16, 32, 3)]
+    assert [block.start_frame for block in blocks] == [0, 9, 21]
+    assert all(block.frames.dtype == np.uint8 for block in blocks)
+    assert [block.elapsed for block in blocks] == sorted(block.elapsed for block in blocks)
+    run = blocks[0].run
+    assert (run.seed, run.fps, run.num_blocks, run.num_frames, run.seconds) == (7, 12, 3, 33, 33 / 12)
+    assert run.applied == {"device": "cpu", "precision": "float32", "decoder": "Wan VAE", "compile": "off"}
+    assert len(run.weights_sha256) == 64
+
+
+def test_generate_drains_the_stream(pipe: SelfForcingPipeline) -> None:
+    video = pipe.generate(request())
+    assert np.array_equal(video.frames, np.concatenate([block.frames for block in pipe.stream(request())]))
+    assert (video.seed, video.fps) == (7, 12)
+    assert 0 < video.time_to_first_frame < video.elapsed
+
+
+def test_a_seed_reproduces_a_clip_whatever_ran_before(pipe: SelfForcingPipeline, folder: Path) -> None:
+    first = frames(pipe)
+    assert not np.array_equal(frames(pipe, seed=8), first)
+    assert not np.array_equal(frames(pipe, prompt="a blue car"), first)
+    assert np.array_equal(frames(pipe), first)
+    abandoned = pipe.stream(request(seed=9))
+    next(abandoned)
+    assert np.array_equal(frames(pipe), first)
+    assert np.array_equal(frames(SelfForcingPipeline.from_pretrained(folder, device="cpu")), first)
+
+
+def test_a_random_seed_is_reported_and_reproduces(pipe: SelfForcingPipeline) -> None:
+    one, two = pipe.generate(request(seed=-1)), pipe.generate(request(seed=-1))
+    assert one.seed != two.seed
+    assert np.array_equal(frames(pipe, seed=one.seed), one.frames)
+
+
+def test_a_long_clip_begins_with_the_short_one(pipe: SelfForcingPipeline) -> None:
+    short, long = frames(pipe, seconds=1), frames(pipe, seconds=8)
+    assert len(short) == 9 and len(long) == 93
+    assert np.array_equal(long[:9], short)
+
+
+def test_fps_changes_the_number_of_frames_only(pipe: SelfForcingPipeline) -> None:
+    slow, fast = frames(pipe, fps=6), frames(pipe, fps=24)
+    assert (len(slow), len(fast)) == (21, 69)
+    assert np.array_equal(fast[:21], slow)
+
+
+def test_merged_clean_pass_changes_nothing(pipe: SelfForcingPipeline) -> None:
+    merged = frames(pipe)
+    pipe.merge_clean_pass = False
+    apart = frames(pipe)
+    pipe.merge_clean_pass = True
+    # One rounding step of uint8 where float32 rounds differently.
+    assert np.abs(merged.astype(int) - apart.astype(int)).max() <= 1
+
+
+def test_context_noise_is_reproducible(tmp_path: Path) -> None:
+    noisy = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, context_noise=100.0), device="cpu")
+    first = frames(noisy)
+    assert np.array_equal(frames(noisy), first)
+    noisy.merge_clean_pass = False
+    assert np.abs(frames(noisy).astype(int) - first.astype(int)).max() <= 1
+
+
+def test_options_act_on_the_next_run_and_can_be_switched_back(pipe: SelfForcingPipeline) -> None:
+    plain = frames(pipe)
+    taehv = pipe.generate(request(taehv=True))
+    assert taehv.frames.shape == plain.shape and not np.array_equal(taehv.frames, plain)
+    assert taehv.run.applied["decoder"] == "TAEHV"
+    fp8 = pipe.generate(request(fp8=True))
+    assert not np.array_equal(fp8.frames, plain)
+    assert fp8.run.applied["precision"] == "float8 weights, float32 arithmetic"
+    stored = {p.dtype for name, p in pipe._transformer.transformer.named_parameters() if "attn1.to_q.weight" in name}
+    assert stored == {torch.float8_e4m3fn}
+    assert np.array_equal(frames(pipe), plain)
+
+
+def test_option_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    bare = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, taehv=False), device="cpu")
+    assert "taehv" in bare.unavailable_options()
+    with pytest.raises(OptionUnavailable, match="no TAEHV decoder"):
+        next(bare.stream(request(taehv=True)))
+    assert len(frames(bare)) == 33
+
+
+def test_compile_needs_a_compiler(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert "compiler" in pipe.unavailable_options()["compile"]
+    with pytest.raises(OptionUnavailable, match="C\\+\\+ compiler"):
+        next(pipe.stream(request(compile=True)))
+
+
+def test_words(pipe: SelfForcingPipeline) -> None:
+    assert pipe.unknown_words("A RED zebra, a well-known blue Zebra & café") == ["zebra", "well-known", "café"]
+    assert pipe.known_words() == sorted(["a", "balloon", "blue", "car", "mountains", "over", "red", "rises", "the"])
+
+
+def test_prompt_embeddings_are_zero_after_the_text_and_remembered(pipe: SelfForcingPipeline) -> None:
+    embeds = pipe.text("a red balloon")
+    assert embeds.shape == (1, 8, 8)
+    assert (embeds[0, 4:] == 0).all() and (embeds[0, :4] != 0).any(-1).all()
+    assert pipe.text("  a red   balloon ") is embeds
+    for number in range(16):
+        pipe.text(f"a car {number}")
+    assert pipe.text("a red balloon") is not embeds
+
+
+def drive(pipe: SelfForcingPipeline, control: RunControl, **changes: Any) -> Iterator[FrameBlock]:
+    with control.active():
+        yield from pipe.stream(request(**changes))
+
+
+@pytest.mark.parametrize("calls", range(11))
+def test_cancel_is_seen_at_every_denoising_step(pipe: SelfForcingPipeline, calls: int) -> None:
+    expected = frames(pipe)
+    control = RunControl()
+    transformer = pipe._transformer.transformer
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made == calls + 1:
+            control.cancel()
+
+    hook = transformer.register_forward_hook(count)
+    shown = []
+    with pytest.raises(Cancelled):
+        for block in drive(pipe, control):
+            shown.append(block.frames)
+    hook.remove()
+    assert made == calls + 1
+    if shown:
+        assert np.array_equal(np.concatenate(shown), expected[: sum(map(len, shown))])
+    assert np.array_equal(frames(pipe), expected)
+
+
+def test_deadline(pipe: SelfForcingPipeline) -> None:
+    with pytest.raises(DeadlineExceeded, match="longer than the 0 s"):
+        list(drive(pipe, RunControl(max_seconds=0)))
+
+
+def test_a_second_stream_ends_the_first(pipe: SelfForcingPipeline) -> None:
+    first = pipe.stream(request())
+    next(first)
+    next(pipe.stream(request(seed=8)))
+    with pytest.raises(SelfForcingError, match="Another run"):
+        next(first)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("call", "block"), [(0, 1), (3, 1), (5, 2), (11, 3)])
+def test_invalid_numbers_are_named_where_they_begin(pipe: SelfForcingPipeline, value: float, call: int, block: int) -> None:
+    expected = frames(pipe)
+    made = 0
+
+    def spoil(_module: Any, _args: Any, flow: torch.Tensor) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == call + 1:
+            flow = flow.clone()
+            flow[0, -1, 0, 0, 0] = value
+        return flow
+
+    hook = pipe._transformer.transformer.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteOutput, match=f"block {block}"):
+        frames(pipe)
+    hook.remove()
+    assert np.array_equal(frames(pipe), expected)
+
+
+def test_inference_mode_does_not_leak_out_of_a_stream(pipe: SelfForcingPipeline) -> None:
+    stream = pipe.stream(request())
+    next(stream)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def broken(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "broken"))
+
+
+def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="'nothing' is not a model folder: it has no model_index.json"):
+        SelfForcingPipeline.from_pretrained(tmp_path / "nothing")
+    spoiled = broken(folder, tmp_path)
+    (spoiled / "model_index.json").write_text("{")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        SelfForcingPipeline.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_class_name": "WanPipeline"},
+        {"transformer": ["diffusers", "WanTransformer3DModel"]},
+        {"vae": None},
+        {"settings": {"name": "x"}},
+    ],
+)
+def test_other_pipelines_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    spoiled = broken(folder, tmp_path)
+    index = json.loads((spoiled / "model_index.json").read_text())
+    (spoiled / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(WeightsError):
+        SelfForcingPipeline.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "taehv", "text_encoder"])
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path, part: str) -> None:
+    spoiled = broken(folder, tmp_path)
+    weights = next((spoiled / part).glob("*.safetensors"))
+    content = weights.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"{" + content[1:]):
+        weights.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=part) as caught:
+            SelfForcingPipeline.from_pretrained(spoiled)
+        assert str(tmp_path) not in str(caught.value)
+    weights.unlink()
+    with pytest.raises(WeightsError, match=part):
+        SelfForcingPipeline.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: state.pop("proj_out.bias"), "1 missing keys, the first is proj_out.bias"),
+        (lambda state: state.update(colour=torch.zeros(1)), "1 unexpected keys, the first is colour"),
+        (lambda state: state.update({"proj_out.bias": torch.zeros(5)}), "cannot be loaded|mismatched"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    spoiled = broken(folder, tmp_path)
+    path = next((spoiled / "transformer").glob("*.safetensors"))
+    state = load_file(path)
+    spoil(state)
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=said):
+        SelfForcingPipeline.from_pretrained(spoiled)
+
+
+def test_stock_transformer_weights_load(folder: Path, tmp_path: Path, pipe: SelfForcingPipeline) -> None:
+    same = broken(folder, tmp_path)
+    WanTransformer3DModel.from_pretrained(same / "transformer").save_pretrained(same / "transformer")
+    assert np.array_equal(frames(SelfForcingPipeline.from_pretrained(same, device="cpu")), frames(pipe))
