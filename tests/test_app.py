@@ -365,7 +365,9 @@ def test_what_cannot_work_is_disabled_and_says_why() -> None:
     assert by_label["FP8 quantization"].interactive is not False
     for label in ("torch.compile", "FP8 quantization", "TAEHV VAE"):
         assert by_label[label].value is False
-    assert by_label["Seed"].value == -1 and by_label["Target FPS"].value == SPEC.fps and by_label["Length (s)"].value == 5
+    assert (
+        by_label["Seed"].value == -1 and by_label["Target FPS"].value == SPEC.fps and by_label["Length (s)"].value == 5
+    )
 
 
 def test_the_examples_are_good_prompts() -> None:

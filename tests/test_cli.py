@@ -81,7 +81,9 @@ def assert_refused(result: subprocess.CompletedProcess[str], folder: Path, *word
 
 
 def test_json_is_one_object_last_on_stdout(run, tmp_path: Path) -> None:
-    result = run("a red ball", "--seed", "7", "--seconds", "2", "--fps", "12", "--output", "out.mp4", "--taehv", "--json")
+    result = run(
+        "a red ball", "--seed", "7", "--seconds", "2", "--fps", "12", "--output", "out.mp4", "--taehv", "--json"
+    )
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["frames"] == 21 and said["fps"] == 12 and said["seconds"] == pytest.approx(21 / 12, abs=1e-3)
@@ -111,7 +113,9 @@ def test_a_name_of_its_own_choice_never_replaces_a_file(run, tmp_path: Path) -> 
 
 
 def test_a_random_seed_is_told(run) -> None:
-    seeds = {json.loads(run("a ball", "--seconds", "1", "--json", "--output", "o.mp4").stdout)["seed"] for _ in range(2)}
+    seeds = {
+        json.loads(run("a ball", "--seconds", "1", "--json", "--output", "o.mp4").stdout)["seed"] for _ in range(2)
+    }
     assert len(seeds) == 2 and all(0 <= seed < 2**32 for seed in seeds)
 
 
@@ -192,7 +196,9 @@ def test_a_device_that_is_not_there(tmp_path: Path, model: Path) -> None:
         ("SystemExit(0)", 1, "failed unexpectedly"),
     ],
 )
-def test_a_failing_model_leaves_the_old_file(run, tmp_path: Path, model: Path, fault: str, code: int, words: str) -> None:
+def test_a_failing_model_leaves_the_old_file(
+    run, tmp_path: Path, model: Path, fault: str, code: int, words: str
+) -> None:
     (model / "fault.txt").write_text(fault)
     (tmp_path / "out.mp4").write_text("old")
     result = run("a ball", "--output", "out.mp4", "--json")

@@ -92,9 +92,7 @@ def open_page(browser, site: Site) -> Iterator[Callable]:
         page = context.new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on(
-            "request", lambda request: request.url.startswith(("http", "ws")) and foreign.append(request.url)
-        )
+        page.on("request", lambda request: request.url.startswith(("http", "ws")) and foreign.append(request.url))
         page.goto(site.url)
         page.wait_for_selector("#generate")
         return page

@@ -6,10 +6,14 @@ import itertools
 import re
 import time
 
+import pytest
+
 from pipeline.recipe import read_recipe
 from tests.browser.conftest import retried
 from tests.media import read_media
 from tests.scripted import read_code
+
+pytestmark = pytest.mark.browser
 
 PROMPT = "a red balloon rises over the mountains"
 
