@@ -1,0 +1,72 @@
+"""README's promises that can be checked by reading it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_python_snippet_runs() -> None:
+    (snippet,) = blocks("python")
+    result = run("-c", snippet)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert lines[0] == "0 (9, 64, 112, 3)" and lines[-1] == "(81, 64, 112, 3) 16.0 7"
+
+
+def test_example_writes_a_video(tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    result = run(str(ROOT / "examples" / "stream.py"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "balloon.mp4").stat().st_size > 5000
+
+
+def test_parity_command_passes() -> None:
+    (command,) = [block for block in blocks("bash") if "tests.parity" in block]
+    files = sorted(str(path) for path in ROOT.glob(command.split()[-1]))
+    result = run("-m", "tests.parity", *files)
+    assert result.returncode == 0, result.stdout
+    assert len(result.stdout.splitlines()) == len(files) > 3
+
+
+def test_ci_runs_exactly_the_test_command() -> None:
+    (command,) = [block.strip() for block in blocks("bash") if "pytest" in block]
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == command
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("program", [("-m", "pipeline"), ("app.py",)])
+def test_documented_options_exist(program: tuple[str, ...]) -> None:
+    shown = run(*program, "--help").stdout
+    section = README.split("## The command line")[1] if program[0] == "-m" else README.split("## The command line")[0]
+    section = section.split("## From Python")[0]
+    for option in set(re.findall(r"--[a-z][a-z0-9-]+", section)) - {"--index-url"}:
+        assert option in shown, option
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_documented_modules_exist() -> None:
+    for module in set(re.findall(r"python -m ([a-z.]+)", README)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
