@@ -4,14 +4,14 @@ Every layer owns one buffer for keys and one for values, laid out in latent fram
 
     [ current block | sink | ring ]
 
-The block being denoised is always written to the front, so its slots never change between steps, and whatever is filled
-follows without a gap: attention reads one contiguous slice. When the next block begins, the current frames are copied to
-where they stay: the first `sink_frames` of a run to the sink for good, later ones into the ring, each over the oldest there.
-The order of keys means nothing to softmax, which is what makes this layout legal.
+The block being denoised is always written to the front, so its slots never change between steps, and whatever is
+filled follows without a gap: attention reads one contiguous slice. When the next block begins, the current frames
+are copied to where they stay: the first `sink_frames` of a run to the sink for good, later ones into the ring, each
+over the oldest there. The order of keys means nothing to softmax, which is what makes this layout legal.
 
-Keys are stored rotated at their frame's position. `positions="relative"` turns the sink's keys once per block so that
-they sit directly in front of the oldest frame in the ring; no distance between a query and a key ever exceeds the window.
-With `"absolute"` they stay where they were, as the authors' code has it.
+Keys are stored rotated at their frame's position. `positions="relative"` turns the sink's keys once per block so
+that they sit directly in front of the oldest frame in the ring; no distance between a query and a key ever exceeds
+the window. With `"absolute"` they stay where they were, as the authors' code has it.
 
 All bookkeeping is in Python integers: no index tensor is read back from the device.
 """
@@ -115,8 +115,9 @@ class LayerCache:
 
     def _attend_current(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if key.requires_grad:
-            # The buffers will be overwritten by the clean pass long before the backward pass reads them. So a call with
-            # gradients leaves them alone; what it sees of earlier blocks is a copy without history, as the paper has it.
+            # The buffers will be overwritten by the clean pass long before the backward pass reads them. So a call
+            # with gradients leaves them alone; what it sees of earlier blocks is a copy without history, as the
+            # paper has it.
             past = slice(self.block_tokens, self.visible_end)
             keys, values = torch.cat([key, self.key[:, past]], 1), torch.cat([value, self.value[:, past]], 1)
             return attention(query, keys, values)
@@ -143,9 +144,9 @@ class LayerCache:
 class KVCache:
     """The caches of all layers and the place of the rollout in its video.
 
-    Usage: `reset()`, then per block `begin_block(n)` and any number of model calls on its n frames, the last of them on the
-    clean frames. With `begin_block(n, merged=True)` the finished block's clean call and the first call on the new block
-    are one call on both.
+    Usage: `reset()`, then per block `begin_block(n)` and any number of model calls on its n frames, the last of
+    them on the clean frames. With `begin_block(n, merged=True)` the finished block's clean call and the first
+    call on the new block are one call on both.
 
     Args:
         num_layers, batch, heads, head_dim: the model's.
@@ -178,7 +179,9 @@ class KVCache:
 
         block_tokens = window.block_frames * frame_tokens
         self.layers = [
-            LayerCache(buffer(window.total_frames), buffer(window.total_frames), buffer(window.sink_frames), block_tokens)
+            LayerCache(
+                buffer(window.total_frames), buffer(window.total_frames), buffer(window.sink_frames), block_tokens
+            )
             for _ in range(num_layers)
         ]
         self.reset()

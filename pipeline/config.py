@@ -25,7 +25,7 @@ FPS_RANGE = (1.0, 60.0)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything about a checkpoint that is not a weight. Times in seconds, sizes in pixels, windows in latent frames."""
+    """Everything about a checkpoint that is not a weight. Sizes in pixels, windows in latent frames."""
 
     name: str
     """Shown to the user and written into each video's recipe."""

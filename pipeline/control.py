@@ -1,8 +1,8 @@
 """Stopping a run from outside: a cancel flag and a deadline, looked at by the model at every denoising step.
 
-A run is stopped by whoever owns it (the model thread, on behalf of a visitor); the code that must notice sits deep inside
-the sampler. Between them lies a `ContextVar`, as cancel scopes have it elsewhere, so that `stream(request)` needs no
-argument for it and works alike with and without anybody to stop it.
+A run is stopped by whoever owns it (the model thread, on behalf of a visitor); the code that must notice sits deep
+inside the sampler. Between them lies a `ContextVar`, as cancel scopes have it elsewhere, so that `stream(request)`
+needs no argument for it and works alike with and without anybody to stop it.
 """
 
 from __future__ import annotations

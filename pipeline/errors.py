@@ -1,7 +1,8 @@
 """Every error a user can cause or meet, as one small tree.
 
-The message of each error is written for the person in front of the screen: what was wrong, with which value, and what
-to do next. It never holds a path of the server, a token or a stack trace, so that it may be shown to a visitor as it is.
+The message of each error is written for the person in front of the screen: what was wrong, with which value, and
+what to do next. It never holds a path of the server, a token or a stack trace, so that it may be shown to a visitor
+as it is.
 """
 
 from __future__ import annotations

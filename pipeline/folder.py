@@ -40,8 +40,8 @@ class ModelFolder:
     """Reads a diffusers-style folder: `model_index.json`, one sub-folder for each part, one for the tokenizer.
 
     Raises:
-        WeightsError: no such folder, or one of another pipeline. A stock Wan folder would load without complaint and then
-            make video with bidirectional attention.
+        WeightsError: no such folder, or one of another pipeline. A stock Wan folder would load without complaint
+            and then make video with bidirectional attention.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -51,11 +51,13 @@ class ModelFolder:
             index = json.loads((self._folder / INDEX_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise WeightsError(
-                f"{self._name!r} is not a model folder: it has no {INDEX_FILE}. Pass the folder of a model, for example "
-                "weights/embedded."
+                f"{self._name!r} is not a model folder: it has no {INDEX_FILE}. Pass the folder of a model, for "
+                "example weights/embedded."
             ) from error
         except (OSError, ValueError) as error:
-            raise WeightsError(f"The {INDEX_FILE} of {self._name!r} cannot be read. Get the model folder again.") from error
+            raise WeightsError(
+                f"The {INDEX_FILE} of {self._name!r} cannot be read. Get the model folder again."
+            ) from error
         if not isinstance(index, dict) or index.get("_class_name") != PIPELINE_CLASS:
             found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
             raise WeightsError(f"{self._name!r} is a folder for {found}, not for {PIPELINE_CLASS}.")
@@ -84,14 +86,14 @@ class ModelFolder:
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise WeightsError(
-                f"The {name} of {self.spec.name} cannot be loaded: a file in {self._name}/{name} is missing or damaged, "
-                "or does not fit its config. Get the model folder again."
+                f"The {name} of {self.spec.name} cannot be loaded: a file in {self._name}/{name} is missing or "
+                "damaged, or does not fit its config. Get the model folder again."
             ) from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(problem) or ())):
                 raise WeightsError(
-                    f"The {name} of {self.spec.name} does not fit its config: {len(names)} {problem.replace('_', ' ')}, "
-                    f"the first is {names[0]}. Get the model folder again."
+                    f"The {name} of {self.spec.name} does not fit its config: {len(names)} "
+                    f"{problem.replace('_', ' ')}, the first is {names[0]}. Get the model folder again."
                 )
         return model.eval().requires_grad_(False)
 

@@ -42,8 +42,8 @@ class SelfForcingPipeline:
         text: the text encoder.
         vae, taehv: the two decoders' weights; without `taehv` the request option of that name is unavailable.
         weights_sha256: of the transformer's file, for the recipe in each video.
-        merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step. Exact;
-            off, the two are separate forwards, as the authors have it.
+        merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step.
+            Exact; off, the two are separate forwards, as the authors have it.
     """
 
     def __init__(
@@ -228,8 +228,7 @@ class SelfForcingPipeline:
         def noise(step: int) -> torch.Tensor:
             return block_noise(seed, index, step, shape).to(model.device, model.dtype)
 
-        for clean in denoise_block(predict_flow, noise, self._steps):
-            latents = clean
+        *_, latents = denoise_block(predict_flow, noise, self._steps)
         return latents
 
     def _as_context(self, latents: torch.Tensor, seed: int, index: int) -> torch.Tensor:
@@ -251,7 +250,7 @@ class SelfForcingPipeline:
 
 
 def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
-    """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]; NaN would silently become black, so it is refused."""
+    """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]. NaN, which would become black, is refused."""
     if not torch.isfinite(frames).all():
         raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
     pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)

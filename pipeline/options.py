@@ -1,7 +1,8 @@
 """The three switches of a request, applied to the loaded model between runs and undone again.
 
-`taehv` picks the decoder. `fp8` stores the transformer's weights in 8 bits and computes in the model's own dtype (diffusers'
-layerwise casting): memory halves, speed does not rise. `compile` compiles one transformer block and reuses it for all.
+`taehv` picks the decoder. `fp8` stores the transformer's weights in 8 bits and computes in the model's own dtype
+(diffusers' layerwise casting): memory halves, speed does not rise. `compile` compiles one transformer block and
+reuses it for all.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Three-dimensional rotary positions (frame, row, column), computed for the frames at hand instead of looked up.
 
-Wan splits a head's channel pairs into a temporal, a vertical and a horizontal part, each with its own frequency ladder, and
-rotates two adjacent channels as one complex number. Published code slices a table of 1024 frames and fails, or silently
-repeats the last row, when a long video runs past its end. Here the angles of a block are computed from the frame number in
-double precision: there is no last frame, and frame 1,000,000 is as exact as frame 0.
+Wan splits a head's channel pairs into a temporal, a vertical and a horizontal part, each with its own frequency
+ladder, and rotates two adjacent channels as one complex number. Published code slices a table of 1024 frames and
+fails, or silently repeats the last row, when a long video runs past its end. Here the angles of a block are
+computed from the frame number in double precision: there is no last frame, and frame 1,000,000 is as exact as frame
+0.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def rotary_positions(head_dim: int, rows: int, columns: int) -> RotaryPositions:
 
 
 def apply_rotary(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim]; computed in float32, returned in x's dtype."""
+    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32; returned in x's dtype."""
     cos, sin = rotation
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)

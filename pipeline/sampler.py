@@ -1,8 +1,9 @@
 """Flow-matching arithmetic and the few-step denoising of one block: pure functions shared by inference and training.
 
-A noised latent is x_t = (1 - sigma) * clean + sigma * noise, the network predicts flow = noise - clean, and time runs from
-t = 1000 (noise) down to 0. Sigmas come from the published table of 1000 shifted levels in float32, because the released
-weights were trained on exactly those; t = 0 therefore means the table's last row and not sigma 0.
+A noised latent is x_t = (1 - sigma) * clean + sigma * noise, the network predicts flow = noise - clean, and time
+runs from t = 1000 (noise) down to 0. Sigmas come from the published table of 1000 shifted levels in float32,
+because the released weights were trained on exactly those; t = 0 therefore means the table's last row and not sigma
+0.
 """
 
 from __future__ import annotations

@@ -24,14 +24,14 @@ from torch import nn
 
 from pipeline.attention import attention
 from pipeline.cache import CacheWindow, KVCache, LayerCache
-from pipeline.rotary import Rotation, RotaryPositions, apply_rotary, rotary_positions
+from pipeline.rotary import RotaryPositions, Rotation, apply_rotary, rotary_positions
 
 TextKV = list[tuple[torch.Tensor, torch.Tensor]]
 """Cross-attention keys (normalised) and values of every layer, each [B, text_len, heads, head_dim]."""
 
 
 class CausalWanBlock(WanTransformerBlock):
-    """One transformer block. Its forward is self-contained, so that it can be compiled once and reused by all layers."""
+    """One transformer block. Its forward is self-contained: compiled once, it serves all layers."""
 
     def forward(
         self,
@@ -44,12 +44,12 @@ class CausalWanBlock(WanTransformerBlock):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Args:
-            hidden: [B, F * tokens, C].
-            time_modulation: [B, F, 6, C], shared by all layers.
-            rotation: of the F frames.
-            text_key, text_value: [B, text_len, heads, head_dim].
-            memory: this layer's cache; without it the call's own tokens are all there is.
-            mask: boolean [F * tokens, F * tokens] for calls without memory.
+        hidden: [B, F * tokens, C].
+        time_modulation: [B, F, 6, C], shared by all layers.
+        rotation: of the F frames.
+        text_key, text_value: [B, text_len, heads, head_dim].
+        memory: this layer's cache; without it the call's own tokens are all there is.
+        mask: boolean [F * tokens, F * tokens] for calls without memory.
         """
         modulation = (time_modulation + self.scale_shift_table.unsqueeze(1)).unsqueeze(3).unbind(2)
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = modulation  # each [B, F, 1, C]
@@ -137,7 +137,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def encode_text(self, prompt_embeds: torch.Tensor) -> TextKV:
         """Text MLP and cross-attention projections of prompt_embeds [B, text_len, text_dim], once per prompt.
 
-        There is no mask over the padding: the zero rows take part with the constant the MLP gives for zero, as in training.
+        There is no mask over the padding: the zero rows take part with the constant the MLP gives for zero, as in
+        training.
         """
         text = self.condition_embedder.text_embedder(prompt_embeds)
         return [block.text_kv(text) for block in self.blocks]
@@ -231,7 +232,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
 
 def modulate(hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm without parameters, then a scale and shift per frame: hidden [B, F * tokens, C], others [B, F, 1, C]."""
+    """LayerNorm without parameters, then scale and shift per frame: hidden [B, F * tokens, C], others [B, F, 1, C]."""
     normed = F.layer_norm(hidden, hidden.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift, normed, 1 + scale).flatten(1, 2)
 

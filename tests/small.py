@@ -77,6 +77,7 @@ def write_blocks(
         flows.append(model(part, torch.full(part.shape[:2], timestep), text, cache=cache))
     return torch.cat(flows, dim=1)
 
+
 SMALL_SETTINGS: dict[str, Any] = {
     "name": "small",
     "height": 16,
@@ -108,7 +109,14 @@ def write_model_folder(folder: Path, *, taehv: bool = True, **settings: Any) -> 
         TAEHV(latent_channels=4, decoder_widths=(8, 8, 8, 8), encoder_width=8).save_pretrained(folder / "taehv")
     vocabulary = {word: index for index, word in enumerate(("[PAD]", "[EOS]", "[UNK]", *WORDS))}
     config = UMT5Config(
-        vocab_size=len(vocabulary), d_model=8, d_kv=4, num_heads=2, d_ff=16, num_layers=1, pad_token_id=0, eos_token_id=1
+        vocab_size=len(vocabulary),
+        d_model=8,
+        d_kv=4,
+        num_heads=2,
+        d_ff=16,
+        num_layers=1,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))

@@ -157,7 +157,9 @@ def test_unused_slots_are_never_read() -> None:
     assert torch.isfinite(write_blocks(model, cache, latents, text, BLOCK)).all()
 
 
-@pytest.mark.parametrize("window", [CacheWindow(BLOCK, 9, 3), CacheWindow(BLOCK, 6), CacheWindow(BLOCK, 7, 1, "absolute")])
+@pytest.mark.parametrize(
+    "window", [CacheWindow(BLOCK, 9, 3), CacheWindow(BLOCK, 6), CacheWindow(BLOCK, 7, 1, "absolute")]
+)
 def test_merged_clean_pass_is_exact(window: CacheWindow) -> None:
     model = small_transformer()
     text, clean, noisy = random_text(model), random_latents(18), random_latents(18, seed=4)

@@ -88,7 +88,26 @@ def test_limits_are_accepted() -> None:
 
 def test_nothing_but_invalid_request_comes_out() -> None:
     rng = random.Random(0)
-    pool = [None, True, -1, 0, 7, 2.5, math.nan, math.inf, 1e300, 2**70, "", "a dog", "x" * 3000, b"x", [], {}, (), object()]
+    pool = [
+        None,
+        True,
+        -1,
+        0,
+        7,
+        2.5,
+        math.nan,
+        math.inf,
+        1e300,
+        2**70,
+        "",
+        "a dog",
+        "x" * 3000,
+        b"x",
+        [],
+        {},
+        (),
+        object(),
+    ]
     for _ in range(2000):
         values = {name: rng.choice(pool) for name in ("prompt", "seed", "seconds", "fps", "taehv", "fp8", "compile")}
         try:
@@ -101,7 +120,15 @@ def test_nothing_but_invalid_request_comes_out() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "fps", "blocks", "frames"),
-    [(5, 16, 7, 81), (5, 6, 3, 33), (0.1, 16, 1, 9), (3, 16, 4, 45), (60, 16, 80, 957), (0.5625, 16, 1, 9), (1.3125, 16, 2, 21)],
+    [
+        (5, 16, 7, 81),
+        (5, 6, 3, 33),
+        (0.1, 16, 1, 9),
+        (3, 16, 4, 45),
+        (60, 16, 80, 957),
+        (0.5625, 16, 1, 9),
+        (1.3125, 16, 2, 21),
+    ],
 )
 def test_length_is_rounded_to_whole_blocks(seconds: float, fps: float, blocks: int, frames: int) -> None:
     spec = ModelSpec.from_config(SETTINGS)

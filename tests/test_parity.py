@@ -27,7 +27,7 @@ def test_golden_case(path: Path) -> None:
 def write_checkpoint(folder: Path, prefix: str, key: str) -> Path:
     """Case 3 and its weights as a checkpoint of the published kind, side by side."""
     with safe_open(CHUNKWISE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
     save_file(tensors, folder / CHUNKWISE.name, metadata=metadata)
     weights = {prefix + name[2:]: value for name, value in tensors.items() if name.startswith("w.")}
@@ -61,7 +61,7 @@ def test_command_prints_a_line_a_case(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_command_fails_on_other_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with safe_open(CHUNKWISE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
     tensors["latents"] = tensors["latents"] + 2e-5
     spoiled = tmp_path / CHUNKWISE.name

@@ -18,7 +18,14 @@ import pipeline as package
 from pipeline import GenerationRequest, SelfForcingPipeline
 from pipeline.blocks import FrameBlock
 from pipeline.control import RunControl
-from pipeline.errors import Cancelled, DeadlineExceeded, NonFiniteOutput, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    NonFiniteOutput,
+    OptionUnavailable,
+    SelfForcingError,
+    WeightsError,
+)
 from tests.small import write_model_folder
 
 PROMPT = "a red balloon rises over the mountains"
@@ -201,7 +208,9 @@ def test_a_second_stream_ends_the_first(pipe: SelfForcingPipeline) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("call", "block"), [(0, 1), (3, 1), (5, 2), (11, 3)])
-def test_invalid_numbers_are_named_where_they_begin(pipe: SelfForcingPipeline, value: float, call: int, block: int) -> None:
+def test_invalid_numbers_are_named_where_they_begin(
+    pipe: SelfForcingPipeline, value: float, call: int, block: int
+) -> None:
     expected = frames(pipe)
     made = 0
 

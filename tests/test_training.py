@@ -40,7 +40,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "pixels.npy", rng.integers(0, 255, (2, 49, 16, 32, 3), dtype=np.uint8))
     params = [sample_params(rng, split="train").to_dict() for _ in range(INFO.clips)]
     (folder / "params.json").write_text(json.dumps(params))
-    PatchPCA.fit(rng.standard_normal((900, 768)).astype(np.float32), np.ones(900, np.float32), 4).save(folder / "pca.npz")
+    PatchPCA.fit(rng.standard_normal((900, 768)).astype(np.float32), np.ones(900, np.float32), 4).save(
+        folder / "pca.npz"
+    )
     (folder / "dataset.json").write_text(json.dumps(asdict(INFO)))
     tokenizer = build_tokenizer()
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
 """Stage 1, diffusion forcing: `python -m training.base --minutes 60`.
 
-Flow matching in which every block of a clip has a noise level of its own, so that one network learns both to denoise a
-block and to go on from clean ones. A length curriculum makes this affordable: single frames first (a picture costs a ninth
-of a clip and teaches scenes, shapes and colours), then first blocks, then whole windows.
+Flow matching in which every block of a clip has a noise level of its own, so that one network learns both to
+denoise a block and to go on from clean ones. A length curriculum makes this affordable: single frames first (a
+picture costs a ninth of a clip and teaches scenes, shapes and colours), then first blocks, then whole windows.
 
-A window is what the model sees in a rollout: either the beginning of a clip, or, as it will be once the sink is in use, the
-clip's first block followed by two blocks from anywhere later in it, at the positions the cache gives them.
+A window is what the model sees in a rollout: either the beginning of a clip, or, as it will be once the sink is in
+use, the clip's first block followed by two blocks from anywhere later in it, at the positions the cache gives them.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ class BaseStage:
         config = self.config
         text = load_text_encoder(Path(config.text))
         # Another seed for every resumption: the same batches again would be the worst choice.
-        sampler = WindowSampler(config, ClipDataset(config.data), text, hash((config.seed, self.rank, self.step)) % 2**32)
+        sampler = WindowSampler(
+            config, ClipDataset(config.data), text, hash((config.seed, self.rank, self.step)) % 2**32
+        )
         arrangement = np.random.default_rng([config.seed, self.step])  # the same on every process
         torch.manual_seed(hash((config.seed, self.rank, self.step)) % 2**32)
         lengths = (1, config.block_frames, config.block_frames * config.window_blocks)
@@ -227,7 +229,9 @@ class BaseStage:
                 reported = self.clock.spent
                 shown = " ".join(f"{length}: {value:.4f}" for length, value in sorted(losses.items()))
                 rate = (time.monotonic() - began) / max(1, self.step)
-                logger.info("step %d  %.1f of %.0f min  loss %s  %.2f s", self.step, reported, config.minutes, shown, rate)
+                logger.info(
+                    "step %d  %.1f of %.0f min  loss %s  %.2f s", self.step, reported, config.minutes, shown, rate
+                )
             if self.rank == 0 and self.clock.spent - saved > config.checkpoint_minutes:
                 saved = self.clock.spent
                 self._save()

@@ -1,9 +1,10 @@
 """Stage 2, Self-Forcing with distribution matching: `python -m training.dmd --minutes 30`.
 
-The generator rolls out clips on its own outputs, four steps a block, and is pulled towards what a frozen teacher believes
-likely and away from what a critic, trained along on the generator's clips, believes likely: the difference of the two score
-networks' clean estimates is the gradient (Yin et al. 2024; Huang et al. 2025). No clips of the data set are used, only
-captions. Some rollouts are longer than the window, so that the generator learns to live with a sink and without its beginning.
+The generator rolls out clips on its own outputs, four steps a block, and is pulled towards what a frozen teacher
+believes likely and away from what a critic, trained along on the generator's clips, believes likely: the difference
+of the two score networks' clean estimates is the gradient (Yin et al. 2024; Huang et al. 2025). No clips of the
+data set are used, only captions. Some rollouts are longer than the window, so that the generator learns to live
+with a sink and without its beginning.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class DMDConfig:
 
 @dataclass
 class Clips:
-    """Windows of rolled-out clips: latents [B, F, C, h, w], their captions' embeddings, and whether they are late ones."""
+    """Windows of rolled-out clips [B, F, C, h, w], their captions' embeddings, and whether they are late ones."""
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -86,7 +87,9 @@ class Clips:
 class ScoreNetworks:
     """Teacher and critic on whole windows, with the block-causal mask the teacher was trained with."""
 
-    def __init__(self, config: DMDConfig, teacher: CausalWanTransformer3DModel, critic: CausalWanTransformer3DModel) -> None:
+    def __init__(
+        self, config: DMDConfig, teacher: CausalWanTransformer3DModel, critic: CausalWanTransformer3DModel
+    ) -> None:
         self.config = config
         self.teacher, self.critic = teacher, critic
         _, height, width = config.latent_shape
@@ -121,9 +124,7 @@ class ScoreNetworks:
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
         fake = noisy - sigma * self.flow(self.critic, noisy, level, self.critic.encode_text(clips.text))
         both = torch.cat([clips.text, empty_text.expand_as(clips.text)])
-        twice = self.flow(
-            self.teacher, noisy.repeat(2, 1, 1, 1, 1), level.repeat(2, 1), self.teacher.encode_text(both)
-        )
+        twice = self.flow(self.teacher, noisy.repeat(2, 1, 1, 1, 1), level.repeat(2, 1), self.teacher.encode_text(both))
         with_text, without = twice.chunk(2)
         real = noisy - sigma * (without + self.config.guidance * (with_text - without))
         distance = (clean - real)[:, self.scored(clips.late)].abs().mean((1, 2, 3, 4), keepdim=True)

@@ -95,7 +95,7 @@ class MixedPrecision:
 
     @torch.no_grad()
     def reduce_gradients(self, clip: float) -> float:
-        """Average the copy's gradients over all processes into the master's, clipped; returns their norm before that."""
+        """Average the copy's gradients over all processes into the master's, clipped. Returns the unclipped norm."""
         flat = torch.cat(
             [
                 (p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float()

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from training.captions import make_caption
+from training.data import ClipDataset
 from training.network import NetworkConfig, build_network, load_text_encoder
-from training.pca import PatchPCA
 from training.rollout import Rollout, RolloutConfig
 from training.world import sample_params
 
@@ -35,13 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     network = build_network(NetworkConfig(**state["config"]))
     network.load_state_dict(state["average"])
     text = load_text_encoder(options.data / "text")
-    pca = PatchPCA.load(options.data / "pca.npz")
+    data = ClipDataset(options.data)
     rng = np.random.default_rng(options.seed)
     captions = [make_caption(sample_params(rng, split="held_out"), rng, full=True)[0] for _ in range(options.clips)]
     torch.manual_seed(options.seed)
     with torch.no_grad():
-        shape = (network.config.in_channels, 8, 14)
-        rollout = Rollout(network, RolloutConfig(), shape)
+        rollout = Rollout(network, RolloutConfig(), data.info.latent_shape[1:])
         latents = rollout(
             network.encode_text(text.encode(captions)),
             options.blocks,
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     rows = []
     for caption, clip in zip(captions, latents.float().numpy(), strict=True):
-        frames = pca.decode(clip)
+        frames = data.pca.decode(clip)
         shown = frames[np.linspace(0, len(frames) - 1, options.columns).round().astype(int)]
         rows.append(np.concatenate(list(shown), axis=1))
         print(caption)

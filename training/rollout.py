@@ -1,7 +1,7 @@
-"""Self-Forcing's rollout: a clip made block by block on the model's own outputs, with gradients through one step of each.
+"""Self-Forcing's rollout: a clip made block by block on the model's own outputs, with gradients through one step.
 
-The sampler, the cache and the network are those of inference. What differs: many clips at once, a random exit step instead of
-the last one, and gradients in that step for the blocks that will be scored.
+The sampler, the cache and the network are those of inference. What differs: many clips at once, a random exit step
+instead of the last one, and gradients in that step for the blocks that will be scored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Rollout:
         shape: (C, h, w) of a latent frame.
     """
 
-    def __init__(self, network: CausalWanTransformer3DModel, config: RolloutConfig, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, network: CausalWanTransformer3DModel, config: RolloutConfig, shape: tuple[int, int, int]
+    ) -> None:
         self.network = network
         self.config = config
         self.shape = shape
@@ -102,8 +104,7 @@ class Rollout:
             def noise(_step: int) -> torch.Tensor:
                 return torch.randn(frames, device=network.device, dtype=network.dtype)
 
-            for clean in denoise_block(predict, noise, self.steps, last_step):
-                pass
+            *_, clean = denoise_block(predict, noise, self.steps, last_step)
             blocks.append(clean)
             if index < num_blocks - 1:
                 with torch.no_grad():

@@ -1,7 +1,7 @@
 """`python -m tests.parity FILE...`: compare this code with tensors recorded from the authors' code.
 
-A file's case is known by its name; a `.pt` is loaded with the `.json` beside it and must reproduce the case-3 file beside
-it. Prints one line a case and exits with 1 if any fails.
+A file's case is known by its name; a `.pt` is loaded with the `.json` beside it and must reproduce the case-3 file
+beside it. Prints one line a case and exits with 1 if any fails.
 """
 
 from __future__ import annotations

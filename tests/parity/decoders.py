@@ -57,9 +57,7 @@ def check_wan_vae_small(path: Path) -> list[Row]:
     vae.eval()
     expected = tensors["decode_full"].add(1).div(2)
     # The golden frames lie in [-1, 1] and ours in [0, 1]: the error is counted in the golden's units.
-    rows = _check_splits(
-        WanStreamDecoder(vae), tensors["latents"], expected, scale=2.0, block=config.get("block")
-    )
+    rows = _check_splits(WanStreamDecoder(vae), tensors["latents"], expected, scale=2.0, block=config.get("block"))
     frames = tensors["encode_in"].transpose(1, 2).add(1).div(2)
     encoded = tensors["encode_out"]
     return [*rows, Row("encode", largest_error(encode_wan(vae, frames), encoded), TOLERANCE)]

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 def read(path: Path) -> tuple[dict[str, Any], Tensors, Tensors]:
     """Config, weights (`w.` removed) and everything else of a golden file."""
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         config = json.loads(file.metadata()["config"])
     weights = {name[2:]: value for name, value in tensors.items() if name.startswith("w.")}
     return config, weights, {name: value for name, value in tensors.items() if not name.startswith("w.")}
@@ -83,8 +83,7 @@ class Rollout:
             def draw(step, block_noise=block_noise):
                 return block_noise if step == 0 else next(draws).view_as(block_noise)
 
-            for clean in denoise_block(predict, draw, self.steps):
-                pass
+            *_, clean = denoise_block(predict, draw, self.steps)
             finished.append(clean)
             start += size
             if not merged:
@@ -212,9 +211,7 @@ def check_rolling(path: Path) -> list[Row]:
             if not merged:
                 rows += compare_calls(rollout.results, data, f"{variant}.")
                 key, _ = cache.in_order(0)
-                rows.append(
-                    Row(f"{variant}.cache.0.k", largest_error(key, data[f"{variant}.cache.0.k"]), TOLERANCE)
-                )
+                rows.append(Row(f"{variant}.cache.0.k", largest_error(key, data[f"{variant}.cache.0.k"]), TOLERANCE))
     return rows
 
 
