@@ -141,7 +141,8 @@ def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) ->
     reach = "A share link" if options.share else f"The address {options.host}"
     if auth is None and not options.allow_public:
         raise InvalidRequest(
-            f"{reach} lets other people use this machine. Set a password with --auth user:password, or say --allow-public."
+            f"{reach} lets other people use this machine. Set a password with --auth user:password, or add "
+            "--allow-public."
         )
     say(f"{reach} lets other people use this machine{'' if auth is None else ' if they know the password'}.")
 

@@ -169,8 +169,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"length of the video, {low:g} to {high:g}, rounded to whole blocks (default: 5)",
     )
     low, high = FPS_RANGE
-    parser.add_argument("--fps", type=_number, help=f"frames per second, {low:g} to {high:g} (default: the model's own)")
-    parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV decoder: faster, a bit softer")
+    parser.add_argument(
+        "--fps", type=_number, help=f"frame rate, {low:g} to {high:g} (default: the model's own)"
+    )
+    parser.add_argument(
+        "--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer"
+    )
     parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
     parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")

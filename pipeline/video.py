@@ -60,7 +60,7 @@ class SegmentEncoder:
     """Turns the blocks of one run into segments, and all of them into one file.
 
     Args:
-        fps: Playback rate. Any number from 1 to 60; time stamps are computed from whole frame counts, so nothing drifts.
+        fps: Playback rate. Any number from 1 to 60; time stamps come from whole frame counts, so nothing drifts.
     """
 
     def __init__(self, fps: float) -> None:

@@ -97,7 +97,7 @@ class ModelWorker:
         return Run(self, job)
 
     def close(self, timeout: float | None = 5.0) -> bool:
-        """Stop the current run, refuse the waiting ones and end the thread. Returns whether it ended within `timeout`."""
+        """Stop the current run, refuse the waiting ones, end the thread. Returns whether it ended within `timeout`."""
         with self._lock:
             self._closed = True
             jobs = [*self._waiting, *([self._current] if self._current else [])]
@@ -185,7 +185,7 @@ class ModelWorker:
     # ---- when the thread itself is gone
 
     def _revive(self) -> None:
-        """Start a new thread if the old one died (nothing in a run can kill it, but an interpreter can). Holds the lock."""
+        """Start a new thread if the old one died: nothing in a run can do that, but others can. Holds the lock."""
         if not self._thread.is_alive() and not self._closed:
             logger.error("The model thread was gone; starting a new one")
             if self._current is not None:
@@ -352,7 +352,7 @@ def _is_last(block: FrameBlock) -> bool:
 
 
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
-    """What the visitor is told of an error in the model. The log gets the whole of it; memory gets back what it held."""
+    """What the visitor is told of an error in the model. The log gets all of it; memory gets back what it held."""
     expected = isinstance(error, SelfForcingError)
     if not expected or isinstance(error, OutOfMemory):
         logger.error("%s failed", job.id, exc_info=error)
@@ -363,7 +363,7 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
         if isinstance(error, OutOfMemory):
             return error
         return OutOfMemory(
-            "The device ran out of memory. Ask for a shorter video, or switch on TAEHV or FP8; the next run starts clean."
+            "The device ran out of memory. Ask for a shorter video, or switch FP8 or TAEHV on; the next run starts anew."
         )
     if expected:
         return cast(SelfForcingError, error)

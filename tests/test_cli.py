@@ -230,3 +230,18 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path, model: Path, number: int) -> None:
     assert process.returncode == 130
     assert out == "" and "Traceback" not in err and err.strip().endswith("Nothing was written.")
     assert os.listdir(tmp_path) == ["out.mp4"] and (tmp_path / "out.mp4").read_text() == "old"
+
+
+def test_with_a_real_model(tmp_path: Path, tmp_path_factory) -> None:
+    pytest.importorskip("torch")
+    from tests.small import write_model_folder
+
+    folder = write_model_folder(tmp_path_factory.mktemp("real"))
+    arguments = ["a red balloon over the volcano", "--seconds", "1", "--model", str(folder), "--device", "cpu", "--json"]
+    result = finished([sys.executable, "-m", "pipeline", *arguments, "--output", "out.mp4"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["frames"] == len(read_media(tmp_path / "out.mp4").frames) == 9
+    assert read_recipe(tmp_path / "out.mp4")["seed"] == said["seed"]
+    told = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert "volcano" in told[0] and all("Making video" in line for line in told[1:]), result.stderr

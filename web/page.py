@@ -55,7 +55,7 @@ def build_app(pipeline: Any, max_seconds: float | None = None) -> gr.Blocks:
     Args:
         pipeline: A `StreamingPipeline`, or a `ModelWorker` that has loaded one, or in a pinch any object with
             `stream(request)`.
-        max_seconds: Longest video that may be asked for, and longest time a run may take. None: only the general limits.
+        max_seconds: Longest video that may be asked for, and longest time a run may take. None: general limits only.
     """
     worker = pipeline if isinstance(pipeline, ModelWorker) else None
     model = AdaptedPipeline(worker.wait_ready() if worker else pipeline)
@@ -123,7 +123,11 @@ class Page:
             with gr.Column(scale=7, min_width=320, elem_id="result"):
                 self.video = live_video(label="Video", show_label=False, elem_id="video")
                 self.status = gr.HTML(
-                    status.idle(_describe(self.model)), label="Status", show_label=False, elem_id="status", padding=False
+                    status.idle(_describe(self.model)),
+                    label="Status",
+                    show_label=False,
+                    elem_id="status",
+                    padding=False,
                 )
                 self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
 
@@ -147,7 +151,10 @@ class Page:
         unavailable = self.model.unavailable_options()
         self.options = {
             name: gr.Checkbox(
-                label=label, info=unavailable.get(name, info), interactive=name not in unavailable, elem_id=f"option-{name}"
+                label=label,
+                info=unavailable.get(name, info),
+                interactive=name not in unavailable,
+                elem_id=f"option-{name}",
             )
             for name, (label, info) in OPTIONS.items()
         }
@@ -178,15 +185,13 @@ class Page:
             show_progress="hidden",
         )
         generating.then(self._end, [self.download], [self.download, *buttons], **quiet)
-        self.stop.click(self._stop, None, [self.status, *buttons], **{**quiet, "api_visibility": "public"}, api_name="stop")
-        self.prompt.change(
-            self._notice, [self.prompt], [self.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet
+        self.stop.click(
+            self._stop, None, [self.status, *buttons], **{**quiet, "api_visibility": "public"}, api_name="stop"
         )
+        self.prompt.change(self._notice, [self.prompt], [self.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
         self.blocks.unload(self._leave)
 
-    def _begin(
-        self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request
-    ) -> tuple[Any, ...]:
+    def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> tuple[Any, ...]:
         # Bad input is refused here, before it stands in a queue.
         self._request(prompt, seed, fps, seconds, taehv, fp8, compile)
         ahead = self.generator.sessions.expect(_session(request))
@@ -256,11 +261,13 @@ def _describe(model: AdaptedPipeline) -> str:
     return f"{spec.name} · {spec.width}×{spec.height} at {spec.fps:g} FPS" if spec else "The model is loaded."
 
 
-_MARK = (
-    '<svg class="sf-mark" viewBox="0 0 32 32" aria-hidden="true"><defs><linearGradient id="sf-dusk" x1="0" y1="0" x2="1" '
-    'y2="1"><stop stop-color="#ea580c"/><stop offset="1" stop-color="#db2777"/></linearGradient></defs>'
-    '<rect width="32" height="32" rx="9" fill="url(#sf-dusk)"/><path d="M12 9.5v13l11-6.5z" fill="#fff"/></svg>'
-)
+_MARK = """
+<svg class="sf-mark" viewBox="0 0 32 32" aria-hidden="true">
+  <defs><linearGradient id="sf-dusk" x2="1" y2="1"><stop stop-color="#ea580c"/><stop offset="1" stop-color="#db2777"/>
+  </linearGradient></defs>
+  <rect width="32" height="32" rx="9" fill="url(#sf-dusk)"/><path d="M12 9.5v13l11-6.5z" fill="#fff"/>
+</svg>
+"""
 
 
 def _header(model: AdaptedPipeline) -> str:

@@ -81,9 +81,7 @@ def failed(message: str, meter: RunMeter | None = None) -> str:
     return _card("failed", "Failed", message, meter=meter)
 
 
-def _card(
-    state: str, headline: str, line: str, *, share: float | None = None, meter: RunMeter | None = None
-) -> str:
+def _card(state: str, headline: str, line: str, *, share: float | None = None, meter: RunMeter | None = None) -> str:
     parts = [f'<p class="sf-headline"><b>{escape(headline)}</b> <span>{escape(line)}</span></p>']
     if share is not None:
         percent = f"{100 * share:.1f}%"

@@ -1,4 +1,4 @@
-"""Theme and style sheet. Nothing is fetched from another host: the page works offline and tells nobody of its visitors."""
+"""Theme and style sheet. Nothing comes from another host: the page works offline and tells nobody of its visitors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,101 @@
+"""Pictures of the page for README and for eyes: `python scripts/screenshots.py` writes them to docs/images.
+
+Needs Chromium and the packages playwright and pillow. `--scripted` takes the painted stand-in of the tests instead of a
+model, for work on the page itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
+
+import app  # noqa: E402
+from pipeline.cli import EMBEDDED_MODEL, load_pipeline  # noqa: E402
+
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+PROMPT = "a red balloon rises over the mountains at sunset"
+SEED = "7"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
+    parser.add_argument("--scripted", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--only", default="", help="part of a picture's name, e.g. desktop-light or streaming")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    demo = app.build_app(make_pipeline(options))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_port=port)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for size in SIZES:
+            for theme in ("light", "dark"):
+                if options.only in f"{size}-{theme}-idle-streaming-finished-error":
+                    take_pictures(browser, url, size, theme, options.out)
+        browser.close()
+    demo.close(verbose=False)
+
+
+def make_pipeline(options: argparse.Namespace) -> Any:
+    if options.scripted:
+        from tests.scripted import ScriptedPipeline
+
+        return ScriptedPipeline(step_seconds=0.08)
+    return load_pipeline(options.model, None)
+
+
+def take_pictures(browser: Browser, url: str, size: str, theme: str, folder: Path) -> None:
+    """Idle, error, streaming and finished, in one visit."""
+    width, height = SIZES[size]
+    page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
+    page.goto(f"{url}?__theme={theme}")
+    page.wait_for_selector("#generate")
+    page.wait_for_timeout(800)
+    shoot(page, folder / f"{size}-{theme}-idle.png")
+
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("The prompt is empty.").wait_for()
+    page.wait_for_timeout(400)
+    shoot(page, folder / f"{size}-{theme}-error.png")
+    page.locator(".toast-close").click()
+
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Seed").fill(SEED)
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("document.querySelector('video')?.currentTime > 1.2", timeout=120_000)
+    shoot(page, folder / f"{size}-{theme}-streaming.png")
+    page.wait_for_selector(".sf-done", timeout=120_000)
+    page.wait_for_function("document.querySelector('video').ended", timeout=120_000)
+    page.evaluate("document.querySelector('video').currentTime = 3")
+    page.wait_for_timeout(800)
+    shoot(page, folder / f"{size}-{theme}-finished.png")
+    page.close()
+
+
+def shoot(page: Page, path: Path) -> None:
+    """A picture small enough for a repository: 256 colours are plenty for a page."""
+    from PIL import Image
+
+    page.screenshot(path=path)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
