@@ -363,7 +363,7 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
         if isinstance(error, OutOfMemory):
             return error
         return OutOfMemory(
-            "The device ran out of memory. Ask for a shorter video, or switch FP8 or TAEHV on; the next run starts anew."
+            "The device ran out of memory. Ask for a shorter video or switch FP8 or TAEHV on; the next run starts anew."
         )
     if expected:
         return cast(SelfForcingError, error)

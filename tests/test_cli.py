@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli import check_device, main
+from pipeline.errors import OptionUnavailable
 from pipeline.recipe import read_recipe
 from tests.media import read_media
 from tests.scripted import ScriptedPipeline, read_code
@@ -178,13 +179,14 @@ def test_bad_input_is_refused_at_once_and_without_torch(tmp_path: Path) -> None:
     assert_refused(module, tmp_path, "none")
 
 
-def test_a_device_that_is_not_there(tmp_path: Path, model: Path) -> None:
+def test_a_device_that_is_not_there() -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    arguments = ["a ball", "--device", "cuda", "--model", str(model)]
-    result = finished([sys.executable, "-m", "pipeline", *arguments], tmp_path)
-    assert_refused(result, tmp_path, "cuda", "cpu")
+    with pytest.raises(OptionUnavailable, match="no device cuda .* Use cpu"):
+        check_device("cuda")
+    check_device("cpu")
+    check_device(None)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +239,8 @@ def test_with_a_real_model(tmp_path: Path, tmp_path_factory) -> None:
     from tests.small import write_model_folder
 
     folder = write_model_folder(tmp_path_factory.mktemp("real"))
-    arguments = ["a red balloon over the volcano", "--seconds", "1", "--model", str(folder), "--device", "cpu", "--json"]
-    result = finished([sys.executable, "-m", "pipeline", *arguments, "--output", "out.mp4"], tmp_path)
+    arguments = ["a red balloon over the volcano", "--seconds", "1", "--model", str(folder), "--device", "cpu"]
+    result = finished([sys.executable, "-m", "pipeline", *arguments, "--output", "out.mp4", "--json"], tmp_path)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["frames"] == len(read_media(tmp_path / "out.mp4").frames) == 9
