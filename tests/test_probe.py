@@ -108,9 +108,7 @@ def test_clips_of_other_prompts_score_low(prompts: list[Prompt]) -> None:
     shown = different(prompts)
     oracle = oracle_for([*prompts, *shown.values()])
     following = evaluate(Playback(shown), oracle, prompts)["prompt_following"]
-    assert (
-        all(following[name] == 0 for name in ("scene", "subject", "colour")) and following["motion"] <= 0.25
-    )
+    assert all(following[name] == 0 for name in ("scene", "subject", "colour")) and following["motion"] <= 0.25
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -199,7 +197,7 @@ def test_space_is_not_asked_for_a_time() -> None:
 def test_augmentation_keeps_shape_and_range() -> None:
     frames = torch.rand(4, 3, 64, 112)
     changed = augment(frames, torch.Generator().manual_seed(0))
-    assert changed.shape == frames.shape and 0 <= changed.min() and changed.max() <= 1
+    assert changed.shape == frames.shape and changed.min() >= 0 and changed.max() <= 1
     assert not torch.equal(changed, frames)
 
 
@@ -229,7 +227,5 @@ def test_a_short_training_learns_and_survives_saving(tmp_path: Path) -> None:
 
 def test_network_reads_all_attributes_but_motion() -> None:
     logits, cover = AttributeProbe()(torch.rand(2, 3, 64, 112))
-    assert {name: value.shape[1] for name, value in logits.items()} == {
-        name: len(ATTRIBUTES[name]) for name in READ
-    }
+    assert {name: value.shape[1] for name, value in logits.items()} == {name: len(ATTRIBUTES[name]) for name in READ}
     assert cover.shape == (2, 8, 14)

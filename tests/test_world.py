@@ -52,7 +52,7 @@ def test_shapes_and_ranges(height: int, width: int) -> None:
     assert frames.shape == (13, height, width, 3) and frames.dtype == np.float32
     assert mask.shape == (13, height, width) and mask.dtype == np.float32
     assert track.x.shape == track.y.shape == (13,)
-    assert 0 <= frames.min() and frames.max() <= 1 and 0 <= mask.min() and mask.max() <= 1
+    assert frames.min() >= 0 and frames.max() <= 1 and mask.min() >= 0 and mask.max() <= 1
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -85,7 +85,7 @@ def test_subjects_move_as_asked(motion: str) -> None:
 
 def test_some_clips_wrap_around_the_border_and_some_stay_inside() -> None:
     tracks = [render(clip_of(motion="right"), seed)[2] for seed in range(60)]
-    inside = [0 < track.x.min() and track.x.max() < 112 / 64 for track in tracks]
+    inside = [track.x.min() > 0 and track.x.max() < 112 / 64 for track in tracks]
     wrapped = [np.diff(track.x).min() < -1 for track in tracks]
     assert 0.45 < np.mean(inside) < 0.85 and np.mean(wrapped) > 0.02
 
@@ -116,9 +116,7 @@ def test_impossible_parameters_are_refused(values: tuple[str, str]) -> None:
 
 def test_captions_state_what_they_say_they_state() -> None:
     rng, known = np.random.default_rng(0), set(vocabulary())
-    colours = {"crimson": "red", "golden": "yellow", "emerald": "green"} | {
-        colour: colour for colour in COLOURS
-    }
+    colours = {"crimson": "red", "golden": "yellow", "emerald": "green"} | {colour: colour for colour in COLOURS}
     for _ in range(2000):
         params = sample_params(rng)
         caption, stated = make_caption(params, rng)
@@ -182,9 +180,7 @@ def test_pca_round_trip(tmp_path: Path) -> None:
     assert latents.shape == (13, 32, 8, 14) and abs(latents.var(axis=(0, 2, 3)).mean() - 1) < 0.05
     assert np.allclose(latents, loaded.encode(reference), atol=1e-3)
     assert psnr(loaded.decode(latents), reference) > psnr(few.decode(few.encode(frames)), reference) + 2
-    change = (
-        loaded.encode(loaded.decode(latents)) - latents
-    )  # not zero: decoding clips to what a pixel can show
+    change = loaded.encode(loaded.decode(latents)) - latents  # not zero: decoding clips to what a pixel can show
     assert np.sqrt((change**2).mean()) < 0.1
 
 

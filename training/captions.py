@@ -198,9 +198,7 @@ def _join(subject: str, motion: str, scene: str, time: str, rng: np.random.Gener
     return " ".join(" ".join(order).split()).removesuffix(" ,").replace(" ,", ",")
 
 
-def make_caption(
-    params: ClipParams, rng: np.random.Generator, full: bool = False
-) -> tuple[str, dict[str, str]]:
+def make_caption(params: ClipParams, rng: np.random.Generator, full: bool = False) -> tuple[str, dict[str, str]]:
     """Describe a clip.
 
     Args:
@@ -215,9 +213,7 @@ def make_caption(
     while True:
         subject = _subject_phrase(params, stated, rng)
         verb = _choose(rng, VERBS[params.subject])
-        motion = (
-            _choose(rng, MOTION_PHRASES[params.motion]).replace("{verb}", verb) if "motion" in stated else ""
-        )
+        motion = _choose(rng, MOTION_PHRASES[params.motion]).replace("{verb}", verb) if "motion" in stated else ""
         scene = _choose(rng, SCENE_PHRASES[params.scene]) if "scene" in stated else ""
         time = _choose(rng, TIME_PHRASES[params.time]) if "time" in stated else ""
         caption = _join(subject, motion, scene, time, rng)

@@ -62,9 +62,7 @@ class ClipDataset:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         if not (folder / _MARKER).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no finished data set; run python -m training.data --out {folder}"
-            )
+            raise FileNotFoundError(f"{folder} holds no finished data set; run python -m training.data --out {folder}")
         self.info = DatasetInfo(**json.loads((folder / _MARKER).read_text()))
         self.latents: Array = np.load(folder / "latents.npy", mmap_mode="r")
         self.masks: Array = np.load(folder / "masks.npy", mmap_mode="r")

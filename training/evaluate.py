@@ -1,8 +1,8 @@
 """Score a model folder: `python -m training.evaluate weights/embedded --prompts 64 --json`.
 
 Prompts are full captions of combinations that training never rendered. The probe reads what the generated videos show;
-its readings of real clips of the same prompts are the ceiling. Long videos are read window by window, so that drift, loss
-of the subject and freezing show.
+its readings of real clips of the same prompts are the ceiling. Long videos are read window by window, so that drift,
+loss of the subject and freezing show.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def plan_prompts(count: int, seed: int = 0) -> list[Prompt]:
     return prompts
 
 
-def make_videos(
-    generator: Generator, prompts: Sequence[Prompt], seconds: float, taehv: bool = False
-) -> list[Array]:
+def make_videos(generator: Generator, prompts: Sequence[Prompt], seconds: float, taehv: bool = False) -> list[Array]:
     """One video for each prompt, at the world's native rate."""
     return [
         generator.generate(
@@ -78,9 +76,7 @@ def make_videos(
 
 def real_videos(prompts: Sequence[Prompt], num_frames: int = WINDOW) -> list[Array]:
     """Rendered clips, uint8, of what the prompts ask for."""
-    return [
-        (render(prompt.params, prompt.seed, num_frames)[0] * 255 + 0.5).astype(np.uint8) for prompt in prompts
-    ]
+    return [(render(prompt.params, prompt.seed, num_frames)[0] * 255 + 0.5).astype(np.uint8) for prompt in prompts]
 
 
 def score(readings: Sequence[WindowReading], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -101,9 +97,7 @@ def by_value(readings: Sequence[WindowReading], prompts: Sequence[Prompt], name:
     return {value: f"{sum(right)}/{len(right)}" for value, right in sorted(counts.items())}
 
 
-def score_windows(
-    probe: AttributeProbe, videos: Sequence[Array], prompts: Sequence[Prompt]
-) -> list[dict[str, float]]:
+def score_windows(probe: AttributeProbe, videos: Sequence[Array], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
     """Scores of each window of long videos, with what shows drift: contrast, edges and motion of the pixels."""
     windows = min(len(video) for video in videos) // WINDOW
     moving = np.array([prompt.params.motion != "still" for prompt in prompts])
@@ -212,9 +206,7 @@ def as_table(report: Mapping[str, Any]) -> str:
     """The report for people."""
 
     def row(label: str, values: Mapping[str, float], names: Sequence[str]) -> str:
-        return f"{label:<12}" + "".join(
-            f"{values[name]:>9.3f}" if name in values else " " * 9 for name in names
-        )
+        return f"{label:<12}" + "".join(f"{values[name]:>9.3f}" if name in values else " " * 9 for name in names)
 
     names = [*ATTRIBUTES, "visible", "speed"]
     lines = [" " * 12 + "".join(f"{name:>9}" for name in names)]
@@ -240,9 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--long-seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--taehv", action="store_true", help="decode with TAEHV")
-    parser.add_argument(
-        "--data", type=Path, default=Path("training/cache"), help="data set folder, for decoder PSNR"
-    )
+    parser.add_argument("--data", type=Path, default=Path("training/cache"), help="data set folder, for decoder PSNR")
     parser.add_argument("--probe", type=Path, default=Path("training/cache/probe"))
     parser.add_argument("--sheet", type=Path, default=Path("outputs/evaluation.png"))
     parser.add_argument("--threads", type=int, default=None)

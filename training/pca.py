@@ -40,9 +40,7 @@ def to_patches(frames: Array) -> Array:
 def from_patches(patches: Array, height: int, width: int) -> Array:
     """Inverse of `to_patches`: float frames [T, H, W, 3], about 0..1, not clipped."""
     s, count = SPATIAL_STRIDE, len(patches)
-    cut = patches.reshape(count, height // s, width // s, TEMPORAL_STRIDE, s, s, 3).transpose(
-        0, 3, 1, 4, 2, 5, 6
-    )
+    cut = patches.reshape(count, height // s, width // s, TEMPORAL_STRIDE, s, s, 3).transpose(0, 3, 1, 4, 2, 5, 6)
     return cut.reshape(count * TEMPORAL_STRIDE, height, width, 3)[TEMPORAL_STRIDE - 1 :] * 0.5 + 0.5
 
 

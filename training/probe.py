@@ -177,9 +177,7 @@ def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
     blotches = normal(n, 3, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
     blotches = functional.interpolate(blotches, (height, width), mode="bilinear")
     frames = frames * (1 + 0.08 * (2 * uniform(n, 3, 1, 1) - 1)) + 0.04 * (2 * uniform(n, 3, 1, 1) - 1)
-    frames = (
-        frames + 0.06 * uniform(n, 1, 1, 1) * blotches + 0.06 * uniform(n, 1, 1, 1) * normal(*frames.shape)
-    )
+    frames = frames + 0.06 * uniform(n, 1, 1, 1) * blotches + 0.06 * uniform(n, 1, 1, 1) * normal(*frames.shape)
     return frames.clamp(0, 1)
 
 
@@ -204,9 +202,7 @@ class _FrameSampler:
         clips = np.concatenate(
             [
                 self.rng.integers(len(self.data.train_indices), size=decoded),
-                self.rng.integers(
-                    min(len(self.data.pixels), len(self.data.train_indices)), size=size - decoded
-                ),
+                self.rng.integers(min(len(self.data.pixels), len(self.data.train_indices)), size=size - decoded),
             ]
         )
         times = self.rng.integers(self.data.info.num_frames, size=size)
@@ -216,14 +212,10 @@ class _FrameSampler:
         frames = np.concatenate([frames, np.stack(stored).astype(np.float32) / 255])
         masks = np.stack([self.data.masks[c, g] for c, g in zip(clips, groups, strict=True)])
         classes = {name: torch.from_numpy(values[clips]) for name, values in self.classes.items()}
-        return _Batch(
-            torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(masks).float() / 255, classes
-        )
+        return _Batch(torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(masks).float() / 255, classes)
 
     def _decoded(self, clips: Array, groups: Array, times: Array) -> Array:
-        latents = np.stack([self.data.latents[c, g] for c, g in zip(clips, groups, strict=True)]).astype(
-            np.float32
-        )
+        latents = np.stack([self.data.latents[c, g] for c, g in zip(clips, groups, strict=True)]).astype(np.float32)
         strength = self.rng.uniform(0, _LATENT_NOISE, (len(latents), 1, 1, 1)).astype(np.float32)
         noisy = latents + strength * self.rng.standard_normal(latents.shape, dtype=np.float32)
         # Decoding them as one clip is right for each group by itself; only the first group gives a single frame.
@@ -231,13 +223,8 @@ class _FrameSampler:
         return frames[np.arange(len(noisy)) * TEMPORAL_STRIDE + (times - 1) % TEMPORAL_STRIDE]
 
 
-def _loss(
-    probe: AttributeProbe,
-    frames: Tensor,
-    cover: Tensor,
-    classes: dict[str, Tensor],
-    generator: torch.Generator,
-) -> Tensor:
+def _loss(probe: AttributeProbe, batch: _Batch, generator: torch.Generator) -> Tensor:
+    frames, cover, classes = augment(batch.frames, generator), batch.cover, batch.classes
     # Some frames get other colours, and are asked for the shape alone: so shapes do not hang on colours and scenes.
     true_colours = torch.rand(len(frames), generator=generator) >= _PERMUTED_SHARE
     channels = torch.rand(len(frames), 3, generator=generator).argsort(dim=1)
@@ -317,9 +304,7 @@ def held_out_accuracy(probe: AttributeProbe, clips: int = 300) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Train the probe that judges videos of the procedural world."
-    )
+    parser = argparse.ArgumentParser(description="Train the probe that judges videos of the procedural world.")
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, default=Path("training/cache/probe"))
     parser.add_argument("--seconds", type=float, default=230, help="processor time")

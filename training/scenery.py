@@ -1,7 +1,7 @@
 """Backgrounds of the procedural world: a few fixed layouts for each scene and time of day, one slow thing that moves.
 
-Coordinates are in frame heights: y runs 0..1 downwards, x runs 0..width/height. There is no fine detail on purpose: what
-an eight-pixel latent cannot hold only adds noise to the training of a small model.
+Coordinates are in frame heights: y runs 0..1 downwards, x runs 0..width/height. There is no fine detail on purpose:
+what an eight-pixel latent cannot hold only adds noise to the training of a small model.
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ def layout(scene: str, time: str, variant: int, height: int, width: int) -> Arra
     return canvas.image
 
 
-def background(
-    scene: str, time: str, rng: np.random.Generator, num_frames: int, height: int, width: int
-) -> Array:
+def background(scene: str, time: str, rng: np.random.Generator, num_frames: int, height: int, width: int) -> Array:
     """Background of a clip, float32 [num_frames, height, width, 3], about 0..1.
 
     `rng` picks one of `LAYOUTS` layouts and where the cloud or the waves start.

@@ -27,9 +27,7 @@ def ellipse(x: Array, y: Array, cx: float | Array, cy: float | Array, rx: float,
     return (np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) - 1.0) * min(rx, ry)
 
 
-def box(
-    x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float, corner: float = 0.0
-) -> Array:
+def box(x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float, corner: float = 0.0) -> Array:
     """Rectangle around (cx, cy) with corners rounded by `corner`."""
     dx = np.abs(x - cx) - (half_width - corner)
     dy = np.abs(y - cy) - (half_height - corner)

@@ -12,9 +12,7 @@ Array = np.ndarray
 _LABEL_HEIGHT, _GAP = 14, 2
 
 
-def contact_sheet(
-    videos: Sequence[Array], captions: Sequence[str], columns: int = 8, zoom: int = 1
-) -> Image.Image:
+def contact_sheet(videos: Sequence[Array], captions: Sequence[str], columns: int = 8, zoom: int = 1) -> Image.Image:
     """One row for each video, uint8 [T, H, W, 3]: `columns` frames from its first to its last, under its caption."""
     if not videos or len(videos) != len(captions):
         raise ValueError(f"a sheet needs one caption for each video, got {len(captions)} for {len(videos)}")
@@ -33,8 +31,6 @@ def contact_sheet(
     return sheet
 
 
-def save_sheet(
-    path: Path, videos: Sequence[Array], captions: Sequence[str], columns: int = 8, zoom: int = 1
-) -> None:
+def save_sheet(path: Path, videos: Sequence[Array], captions: Sequence[str], columns: int = 8, zoom: int = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(videos, captions, columns, zoom).save(path)

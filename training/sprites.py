@@ -107,10 +107,8 @@ _DRAW: dict[str, Callable[[Sprite, Array, Array], None]] = {
 }  # fmt: skip
 
 
-def draw_sprite(
-    subject: str, colour: str, time: str, u: Array, v: Array, softness: float, roll: Array
-) -> Sprite:
-    """Draw a subject. `softness` is the width of its edges in radii, `roll` the angle of the ball (broadcasts with u)."""
+def draw_sprite(subject: str, colour: str, time: str, u: Array, v: Array, softness: float, roll: Array) -> Sprite:
+    """Draw a subject. `softness` is the width of its edges in radii, `roll` the angle of the ball."""
     sprite = Sprite(u, v, softness)
     _DRAW[subject](sprite, np.array(_RGB[colour], np.float32) * np.float32(_BRIGHTNESS[time]), roll)
     return sprite

@@ -1,7 +1,7 @@
 """Tokenizer and text encoder of the embedded model: `python -m training.text --out training/cache/text`.
 
-The encoder is a small UMT5, trained as a classifier of what a caption states (class 0 of an attribute: not stated). It is
-frozen afterwards: its token outputs condition the video model through cross-attention, as with the full-size model.
+The encoder is a small UMT5, trained as a classifier of what a caption states (class 0 of an attribute: not stated). It
+is frozen afterwards: its token outputs condition the video model through cross-attention, as with the full-size model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ _CLIP_NORM, _WARMUP, _BIAS_RATE = 1.0, 30, 10.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and commas, lower-case, that adds the end token like T5's; ids 0 pad, 1 end, 2 unknown."""
+    """A tokenizer of whole words and commas, lower-case; like T5's it adds the end token. Ids 0 pad, 1 end, 2 unknown."""
     ids = {token: index for index, token in enumerate((*_SPECIAL, *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     # Words of any script are kept, so that a word nobody taught becomes [UNK] instead of vanishing.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{L}\p{N}]+|,"), behavior="removed", invert=True)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A [EOS]", special_tokens=[("[EOS]", EOS)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", EOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -51,7 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save so that AutoTokenizer of transformers 4 and 5 loads it: version 5 writes a class name that 4 does not know."""
+    """Save so that transformers 4 and 5 load it: version 5 writes a class name that version 4 does not know."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -116,9 +114,7 @@ class CaptionSampler:
         captions, stated = [], []
         for _ in range(size):
             caption, states = make_caption(sample_params(self.rng), self.rng)
-            captions.append(
-                self._with_unknown(caption) if self.rng.random() < self.unknown_share else caption
-            )
+            captions.append(self._with_unknown(caption) if self.rng.random() < self.unknown_share else caption)
             stated.append(states)
         encoded = self.tokenizer(
             captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
@@ -144,10 +140,7 @@ def accuracy(model: CaptionClassifier, sampler: CaptionSampler, captions: int = 
     model.eval()
     batch = sampler.batch(captions)
     logits = model(batch.ids, batch.mask)
-    return {
-        name: float((logits[name].argmax(-1) == target).float().mean())
-        for name, target in batch.targets.items()
-    }
+    return {name: float((logits[name].argmax(-1) == target).float().mean()) for name, target in batch.targets.items()}
 
 
 @torch.no_grad()

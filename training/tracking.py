@@ -45,7 +45,7 @@ def follow(coverage: Array, seen: Array) -> tuple[Array, Array]:
 
 
 def read_motion(x: Array, y: Array) -> Motion:
-    """Motion of a track. Where the subject wraps around the border, or is not seen, there is no displacement to count."""
+    """Motion of a track. Where the subject wraps around the border, or is unseen, there is no displacement to count."""
     dx, dy = x[_LAG:] - x[:-_LAG], y[_LAG:] - y[:-_LAG]
     valid = np.isfinite(dx) & np.isfinite(dy)
     valid[valid] &= np.hypot(dx[valid], dy[valid]) < _JUMP

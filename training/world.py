@@ -49,9 +49,7 @@ class ClipParams:
     def __post_init__(self) -> None:
         for name, values in ATTRIBUTES.items():
             if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}"
-                )
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
         if self.scene == "space" and self.time != "night":
             raise ValueError(f"space has no time of day: use time 'night', not {self.time!r}")
 
@@ -107,9 +105,7 @@ def sample_params(rng: np.random.Generator, split: Literal["train", "held_out", 
             return params
 
 
-def _axis(
-    rng: np.random.Generator, length: float, radius: float, speed: float, steps: Array, wraps: bool
-) -> Array:
+def _axis(rng: np.random.Generator, length: float, radius: float, speed: float, steps: Array, wraps: bool) -> Array:
     """Positions [T] along one axis of `length`, for a subject that moves in the direction of `speed`.
 
     It stays inside the frame, or leaves on one side and comes back on the other.
@@ -118,11 +114,7 @@ def _axis(
     distance = abs(speed) * len(steps)
     if wraps or high - low < distance:
         margin = EXTENT * radius
-        start = (
-            rng.uniform(0, length)
-            if rng.random() < _WRAP_STARTS_VISIBLE
-            else rng.uniform(-margin, length + margin)
-        )
+        start = rng.uniform(0, length) if rng.random() < _WRAP_STARTS_VISIBLE else rng.uniform(-margin, length + margin)
         return (start + margin + speed * steps) % (length + 2 * margin) - margin
     start = rng.uniform(low, high - distance)
     return start + speed * steps if speed > 0 else low + high - start + speed * steps
