@@ -30,7 +30,7 @@ _CLIP_NORM, _WARMUP, _BIAS_RATE = 1.0, 30, 10.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and commas, lower-case; like T5's it adds the end token. Ids 0 pad, 1 end, 2 unknown."""
+    """A tokenizer of lower-case words and commas that adds the end token, as T5's does. Ids 0 pad, 1 end, 2 unknown."""
     ids = {token: index for index, token in enumerate((*_SPECIAL, *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
