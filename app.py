@@ -13,9 +13,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from pipeline.cli import EMBEDDED_MODEL, LoadPipeline, check_device_name, check_model_folder, load_pipeline, say
+from pipeline.cli import (
+    EMBEDDED_MODEL,
+    LoadPipeline,
+    SentenceParser,
+    check_device_name,
+    check_model_folder,
+    load_pipeline,
+    say,
+)
 from pipeline.config import SECONDS_RANGE
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.worker import ModelWorker
@@ -87,13 +94,8 @@ def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str
         demo.close(verbose=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InvalidRequest(f"{message[:1].upper()}{message[1:].rstrip('.')}. Try --help.")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python app.py", description="Serve the text-to-video page.", allow_abbrev=False)
+    parser = SentenceParser(prog="python app.py", description="Serve the text-to-video page.", allow_abbrev=False)
     parser.add_argument(
         "--host",
         default="0.0.0.0" if ON_SPACE else "127.0.0.1",

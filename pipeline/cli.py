@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,13 +54,12 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
     """
     worker = None
     try:
-        # A polite kill is treated as Ctrl-C: half-written files go away.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         options = parse(argv)
         quiet_libraries(options.verbose)
         request = read_request(options)
         output = read_output(options, request)
         model, device = check_model_folder(options.model), check_device_name(options.device)
+        terminate_like_interrupt()
         # Everything said so far came at once; importing torch takes seconds.
         worker = ModelWorker(lambda: load(model, device))
         pipeline = worker.wait_ready()
@@ -143,13 +143,15 @@ def say(message: str) -> None:
 # ---- reading the request
 
 
-class _Parser(argparse.ArgumentParser):
+class SentenceParser(argparse.ArgumentParser):
+    """Answers a mistake with a sentence of ours instead of a usage line and an exit."""
+
     def error(self, message: str) -> NoReturn:
         raise InvalidRequest(f"{message[:1].upper()}{message[1:].rstrip('.')}. Try --help.")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = SentenceParser(
         prog="python -m pipeline",
         description="Make a video from a sentence and write it as an MP4 file.",
         allow_abbrev=False,
@@ -283,6 +285,12 @@ def quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def terminate_like_interrupt() -> None:
+    """Treat a polite kill as Ctrl-C: half-written files go away."""
+    if threading.current_thread() is threading.main_thread():  # the only one that may say so
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _progress_bar() -> Any:

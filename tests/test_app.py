@@ -441,10 +441,10 @@ def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:
     sessions = Sessions()
     assert sessions.expect("a") == 0 and sessions.expect("b") == 1
     ticket = sessions.begin("b")
-    assert sessions.stop("a") == 1 and not ticket.stopped
+    assert sessions.stop("a") == "waiting" and not ticket.stopped
     assert sessions.begin("a").stopped, "the run that waited"
     assert not sessions.begin("a").stopped, "a new one"
-    assert sessions.stop("b") == 1 and ticket.stopped and sessions.stop("b") == 0
+    assert sessions.stop("b") == "running" and ticket.stopped and sessions.stop("b") == "none"
     sessions.end("b", ticket)
     assert not sessions.busy("b") and sessions.busy("a")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli
 from pipeline.cli import check_device, main
 from pipeline.errors import OptionUnavailable
 from pipeline.recipe import read_recipe
@@ -160,7 +161,7 @@ def test_an_existing_file_is_replaced(run, tmp_path: Path) -> None:
 )
 def test_bad_input_is_refused_in_a_sentence(tmp_path: Path, model: Path, capsys, monkeypatch, arguments, words) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # in this process pytest handles signals
+    monkeypatch.setattr(cli, "terminate_like_interrupt", lambda: None)  # signals are pytest's in this process
     if "--model" not in arguments:
         arguments = [*arguments, "--model", str(model)]
     pipeline = ScriptedPipeline(unavailable={"compile": "There is no compiler here."})

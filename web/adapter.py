@@ -22,16 +22,11 @@ class AdaptedPipeline:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self.spec: ModelSpec | None = getattr(pipeline, "spec", None)
-
-    @property
-    def name(self) -> str:
-        return self.spec.name if self.spec else "model"
-
-    @property
-    def fps(self) -> float:
+        spec = getattr(pipeline, "spec", None)
+        self.spec: ModelSpec | None = spec if isinstance(spec, ModelSpec) else None
+        self.name = str(getattr(spec, "name", "model"))
+        self.fps = float(getattr(spec, "fps", DEFAULT_FPS))
         """Playback rate that a request gets if it names none."""
-        return self.spec.fps if self.spec else DEFAULT_FPS
 
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         if request.fps is None:

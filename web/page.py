@@ -226,8 +226,8 @@ class Page:
 
     def _stop(self, request: gr.Request) -> tuple[Any, ...]:
         """Stop this session's runs at the next denoising step; what is made so far becomes the video."""
-        stopped = self.generator.sessions.stop(_session(request))
-        return (status.stopping() if stopped else gr.skip()), *_buttons(running=False)
+        told = {"running": status.stopping(), "waiting": status.stopped_early(), "none": gr.skip()}
+        return told[self.generator.sessions.stop(_session(request))], *_buttons(running=False)
 
     def _leave(self, request: gr.Request) -> None:
         self.generator.sessions.stop(_session(request), abandon=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from typing import Literal
 
 from pipeline.worker import Run
 
@@ -78,13 +79,15 @@ class Sessions:
             tickets = [*self._waiting.get(session, ()), *self._active.get(session, ())]
         return any(not ticket.stopped for ticket in tickets)
 
-    def stop(self, session: str, *, abandon: bool = False) -> int:
-        """Stop everything of this visitor. Returns how many runs that were not stopped before."""
+    def stop(self, session: str, *, abandon: bool = False) -> Literal["running", "waiting", "none"]:
+        """Stop everything of this visitor. Returns what there was that had not been stopped before."""
         with self._lock:
-            tickets = [*self._waiting.get(session, ()), *self._active.get(session, ())]
+            waiting = list(self._waiting.get(session, ()))
+            active = list(self._active.get(session, ()))
             if abandon:
                 self._waiting.pop(session, None)
-        live = [ticket for ticket in tickets if not ticket.stopped]
-        for ticket in tickets:
+        running = any(not ticket.stopped for ticket in active)
+        expected = any(not ticket.stopped for ticket in waiting)
+        for ticket in (*waiting, *active):
             ticket.stop(abandon=abandon)
-        return len(live)
+        return "running" if running else "waiting" if expected else "none"
