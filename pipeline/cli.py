@@ -40,8 +40,11 @@ LoadPipeline = Callable[[Path, str | None], StreamingPipeline]
 def load_pipeline(folder: Path, device: str | None) -> StreamingPipeline:
     """Load a model folder; `device` None takes the GPU if there is one. Imports torch."""
     check_device(device)
+    from transformers.utils import logging as transformers_logging
+
     from pipeline.generator import SelfForcingPipeline
 
+    transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
     return SelfForcingPipeline.from_pretrained(folder, device=device)
 
 
@@ -284,7 +287,6 @@ def quiet_libraries(verbose: bool) -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def terminate_like_interrupt() -> None:

@@ -280,7 +280,7 @@ def _header(model: AdaptedPipeline) -> str:
 def _notice(unknown: list[str]) -> str:
     if not unknown:
         return ""
-    words = "".join(f"<b>{escape(word)}</b> " for word in unknown[:12]) + ("…" if len(unknown) > 12 else "")
+    words = ", ".join(f"<b>{escape(word)}</b>" for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
     return f'<p role="status">Not known to this model, so it ignores: {words}</p>'
 
 
