@@ -213,3 +213,37 @@ def test_what_a_user_may_choose_is_stricter(window: int, sink: int) -> None:
     with pytest.raises(WeightsError):
         ModelSpec(**values, **settings, window_frames=window, sink_frames=sink)
     ModelSpec(**values, **settings, window_frames=9, sink_frames=3)
+
+
+def test_ring_equals_a_shifting_buffer() -> None:
+    """30 blocks with absolute positions against a list from which the oldest frames are dropped."""
+    generator = torch.Generator().manual_seed(0)
+    rotary, tokens, window = RotaryPositions(24, 1, 2), 2, CacheWindow(BLOCK, 12, 3, "absolute")
+    cache = KVCache(num_layers=1, batch=1, frame_tokens=tokens, heads=2, head_dim=24, window=window, rotary=rotary)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _ in range(30):
+        query, key, value = torch.randn(3, 1, BLOCK * tokens, 2, 24, generator=generator).unbind()
+        cache.begin_block(BLOCK)
+        rotation = rotary(cache.positions(BLOCK))
+        query, key = apply_rotary(query, rotation), apply_rotary(key, rotation)
+        ring = cache.layers[0].attend(query, key, value)
+        kept += zip(key.split(tokens, 1), value.split(tokens, 1), strict=True)
+        if len(kept) > 12:
+            del kept[3 : 3 + len(kept) - 12]
+        keys, values = (torch.cat(part, 1) for part in zip(*kept, strict=True))
+        torch.testing.assert_close(ring, attention(query, keys, values), rtol=0, atol=1e-5)
+        assert all(torch.equal(mine, shifted) for mine, shifted in zip(cache.in_order(0), (keys, values), strict=True))
+
+
+@pytest.mark.parametrize("sink", [3, 6])
+def test_moved_sink_in_half_precision(sink: int) -> None:
+    model = small_transformer()
+    window = CacheWindow(BLOCK, 12, sink)
+    full_text, latents = random_text(model), random_latents(60)
+    exact = write_blocks(model, make_cache(model, window), latents, full_text, BLOCK)
+    model = model.bfloat16()
+    text = [(key.bfloat16(), value.bfloat16()) for key, value in full_text]
+    half = write_blocks(model, make_cache(model, window), latents.bfloat16(), text, BLOCK).float()
+    early = (half - exact)[:, :12].norm() / exact[:, :12].norm()
+    late = (half - exact)[:, 48:].norm() / exact[:, 48:].norm()
+    assert late < max(5e-2, 3 * early)  # rounding does not pile up as the sink is moved again and again

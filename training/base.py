@@ -52,6 +52,8 @@ class BaseConfig:
     init: str = ""
     """Start from the averaged weights of this checkpoint instead of fresh ones."""
     processes: int = 2
+    device: str = "cpu"
+    """`cpu` or, with one process, `cuda`."""
     seed: int = 0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     block_frames: int = 3
@@ -106,6 +108,9 @@ class Windows:
     given: torch.Tensor
     """[B, blocks], true where a block is context by construction (the sink) and not to be learnt."""
 
+    def to(self, device: torch.device) -> Windows:
+        return Windows(*(tensor.to(device) for tensor in (self.clean, self.subject, self.text, self.given)))
+
 
 class WindowSampler:
     """Draws windows of one frame, one block or several blocks from the data set, with fresh captions."""
@@ -146,7 +151,7 @@ class WindowSampler:
 
 
 def noise_levels(batch: int, blocks: int, shift: float) -> torch.Tensor:
-    """Noise levels [batch, blocks] in 0..1, evenly spread over the batch for each block, then shifted towards noise."""
+    """Noise levels [batch, blocks] in 0..1 on the CPU, evenly spread over the batch for each block, then shifted towards noise."""
     order = torch.stack([torch.randperm(batch) for _ in range(blocks)], dim=1)
     return shifted_time((order + torch.rand(batch, blocks)) / batch, shift)
 
@@ -159,17 +164,19 @@ def diffusion_forcing_loss(
     batch, frames, _, height, width = clean.shape
     blocks = windows.given.shape[1]
     shift = config.shifts[0 if frames == 1 else 1 if blocks == 1 else 2]
-    level = noise_levels(batch, blocks, shift)
-    context = (torch.rand(batch, blocks) < config.clean_blocks) | windows.given
+    level = noise_levels(batch, blocks, shift).to(clean.device)
+    context = (torch.rand(batch, blocks, device=clean.device) < config.clean_blocks) | windows.given
     context[:, -1] = False  # the last block is context to nobody
-    level = torch.where(context, torch.rand(batch, blocks) * config.clean_level, level)
+    level = torch.where(context, torch.rand_like(level) * config.clean_level, level)
     level = level.repeat_interleave(frames // blocks, 1)
     learnt = (~context).float().repeat_interleave(frames // blocks, 1)
 
     noise = torch.randn_like(clean)
     noisy = add_noise(clean, noise, level[..., None, None, None])
     rows, columns = network.token_grid(height, width)
-    mask = frame_mask(block_causal(frames, config.block_frames), rows * columns) if blocks > 1 else None
+    mask = None
+    if blocks > 1:
+        mask = frame_mask(block_causal(frames, config.block_frames), rows * columns).to(clean.device)
     dtype = network.dtype
     flow = network(noisy.to(dtype), level * TRAIN_STEPS, network.encode_text(windows.text.to(dtype)), mask=mask)
     error = (flow.float() - (noise - clean)).pow(2)
@@ -189,7 +196,8 @@ class BaseStage:
         self.rank = rank
         self.config = config
         self.path = Path(config.out) / "base.pt"
-        self.master = build_network(config.network, config.seed)
+        self.device = torch.device(config.device)
+        self.master = build_network(config.network, config.seed).to(self.device)
         matrices, rest = matrices_and_rest(self.master)
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(rest, lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -197,7 +205,7 @@ class BaseStage:
         self.step = 0
         spent = 0.0
         if self.path.exists():
-            spent = self._load(torch.load(self.path, weights_only=True))
+            spent = self._load(torch.load(self.path, map_location=self.device, weights_only=True))
         elif config.init:
             state = torch.load(config.init, weights_only=True)
             self.master.load_state_dict(state["average"])
@@ -221,7 +229,7 @@ class BaseStage:
         began = time.monotonic()
         while (progress := self.clock.progress()) < 1:
             frames = int(arrangement.choice(lengths, p=config.shares(progress)))
-            loss, plain = diffusion_forcing_loss(self.worker, sampler.draw(frames), config, progress)
+            loss, plain = diffusion_forcing_loss(self.worker, sampler.draw(frames).to(self.device), config, progress)
             loss.backward()
             self._step(progress)
             losses[frames] = plain if frames not in losses else 0.97 * losses[frames] + 0.03 * plain
@@ -279,7 +287,7 @@ def stage(rank: int, config: BaseConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.base", description=__doc__.splitlines()[0])
     defaults = BaseConfig()
-    for name in ("minutes", "data", "text", "out", "init", "processes", "seed", "frames_per_step"):
+    for name in ("minutes", "data", "text", "out", "init", "processes", "device", "seed", "frames_per_step"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(argv)

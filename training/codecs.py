@@ -2,11 +2,15 @@
 
 `AutoencoderKLWan` doubles the frame rate only while it fills a cache, chunk after chunk, and its norms are slow to
 differentiate. Here its layers run over all frames side by side, with the same result (a test holds the two together).
-Both classes can stop below full resolution, where a step costs a tenth: most parameters lie there.
+
+Both decoders begin as a linear one, fitted before in seconds: their residual branches start at zero, and what is left
+can be made to compute any `LinearDecoder`, ReLUs and norms notwithstanding. From a random start they need minutes to
+come as far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
 from pipeline.taehv import TAEHV, MemBlock, TGrow
 
-__all__ = ["Codec", "PatchHead", "TaehvCodec", "WanCodec"]
+__all__ = ["Codec", "LinearDecoder", "TaehvCodec", "WanCodec"]
 
 
 class Codec(Protocol):
@@ -34,11 +38,14 @@ class Codec(Protocol):
     first_group: int
     """Video frames that the first latent of a training sample stands for."""
 
-    def decode(self, latents: Tensor, depth: int | None = None) -> Tensor:
-        """Frames, or with a depth the features [B, T', C, h * 2**depth, w * 2**depth] before that upsampling."""
+    def linear(self) -> LinearDecoder:
+        """A fresh linear decoder, as wide as this class can take over."""
 
-    def head(self, depth: int) -> PatchHead:
-        """A fresh linear map from the features at a depth to frames."""
+    def begin_as(self, linear: LinearDecoder) -> None:
+        """Set the decoder's weights so that it computes what `linear` does."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of all groups."""
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents of the frames, of the same groups that `decode` makes."""
@@ -49,19 +56,51 @@ class Codec(Protocol):
         """Latents of a clip of 1 + 4k frames, as the pipeline computes them."""
 
 
-class PatchHead(nn.Module):
-    """Linear decoder of features: each becomes `time` frames of `space` x `space` pixels."""
+class LinearDecoder(nn.Module):
+    """What the decoders are without their residual branches: convolutions, each after a doubling of height and width.
 
-    def __init__(self, width: int, time: int, space: int, first_group: int) -> None:
+    Args:
+        channels: of a latent.
+        widths: features at each resolution but the last, which has the three colours.
+        doubles_time: for each stage, whether it makes two frames of one.
+        first_group: 1 if the first frame of a sample stays single, as in the Wan VAE.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int) -> None:
         super().__init__()
-        self.time, self.space = time, space
-        self.dropped = time - min(time, first_group)
-        self.conv = nn.Conv2d(width, 3 * time * space * space, 1)
+        self.single_first = first_group == 1
+        self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.splits = nn.ModuleList(
+            nn.Conv2d(width, 2 * width, 1, bias=False) if double else nn.Identity()
+            for width, double in zip(widths, doubles_time, strict=True)
+        )
+        outputs = [*widths[1:], 3]
+        self.grows = nn.ModuleList(
+            nn.Conv2d(width, after, 3, padding=1, bias=False) for width, after in zip(widths, outputs, strict=True)
+        )
+        self.bias = nn.Parameter(torch.full((3,), 0.5))
+        with torch.no_grad():  # each layer begins near the identity
+            self.enter.weight.mul_(0.3)
+            self.enter.weight[:, :, 1, 1] += torch.eye(widths[0], channels)
+            for split in self.splits:
+                if isinstance(split, nn.Conv2d):
+                    split.weight.mul_(0.1)
+                    split.weight[:, :, 0, 0] += torch.eye(split.in_channels).repeat(2, 1)
+            for grow in self.grows:
+                grow.weight.mul_(0.3)
+                grow.weight[:, :, 1, 1] += torch.eye(grow.out_channels, grow.in_channels)
 
-    def forward(self, features: Tensor) -> Tensor:
-        pixels = F.pixel_shuffle(self.conv(features.flatten(0, 1)), self.space)
-        frames = pixels.unflatten(1, (self.time, 3)).unflatten(0, features.shape[:2]).flatten(1, 2)
-        return frames[:, self.dropped :] + 0.5
+    def forward(self, latents: Tensor) -> Tensor:
+        batch = len(latents)
+        x = self.enter(latents.flatten(0, 1))
+        for split, grow in zip(self.splits, self.grows, strict=True):
+            if isinstance(split, nn.Conv2d):
+                frames = x.unflatten(0, (batch, -1))
+                doubled = split(x).unflatten(1, (2, -1)).unflatten(0, (batch, -1)).flatten(1, 2)
+                x = torch.cat([frames[:, :1], doubled[:, 2:]], 1) if self.single_first else doubled
+                x = x.flatten(0, 1)
+            x = grow(F.interpolate(x, scale_factor=2.0))
+        return (x + self.bias.view(3, 1, 1)).unflatten(0, (batch, -1))
 
 
 class WanCodec:
@@ -71,30 +110,72 @@ class WanCodec:
 
     def __init__(self, module: AutoencoderKLWan) -> None:
         self.module = module
-        for name, parameter in module.named_parameters():
-            if name.endswith("conv2.weight"):  # residual branches start small
-                parameter.data.mul_(0.1)
+        for part in module.modules():
+            if isinstance(part, WanResidualBlock):
+                _zero(part.conv2)
+            elif isinstance(part, WanAttentionBlock):
+                _zero(part.proj)
 
-    def decode(self, latents: Tensor, depth: int | None = None) -> Tensor:
+    def linear(self) -> LinearDecoder:
+        stages = self._stages()
+        widths = [block.upsamplers[0].dim for block in stages]
+        # Each stage's width is halved on the way to the next; the last must hold the colours twice, and a constant.
+        widths = [min(width, 3 * self.module.config.z_dim) for width in widths]
+        for index, block in enumerate(stages[:-1]):
+            widths[index + 1] = min(widths[index + 1], block.upsamplers[0].resample[1].out_channels)
+        doubles = [block.upsamplers[0].mode == "upsample3d" for block in stages]
+        return LinearDecoder(self.module.config.z_dim, widths, doubles, self.first_group)
+
+    def _stages(self) -> list[nn.Module]:
+        return [block for block in self.module.decoder.up_blocks if block.upsamplers is not None]
+
+    @torch.no_grad()
+    def begin_as(self, linear: LinearDecoder) -> None:
+        decoder = self.module.decoder
+        _pass_on(self.module.post_quant_conv, self.module.config.z_dim)
+        width = linear.enter.out_channels
+        decoder.conv_in.weight[:width] = 0
+        decoder.conv_in.weight[:width, :, -1] = linear.enter.weight
+        decoder.conv_in.bias[:width] = linear.enter.bias
+        for block, split, grow in zip(self._stages(), linear.splits, linear.grows, strict=True):
+            _pass_on_residual(block, width)
+            upsampler = block.upsamplers[0]
+            if isinstance(split, nn.Conv2d):
+                for half, part in enumerate(split.weight.chunk(2)):
+                    rows = slice(half * upsampler.dim, half * upsampler.dim + width)
+                    upsampler.time_conv.weight[rows] = 0
+                    upsampler.time_conv.weight[rows, :width, -1, 0, 0] = part[..., 0, 0]
+                    upsampler.time_conv.bias[rows] = 0
+            conv, after = upsampler.resample[1], grow.out_channels
+            conv.weight[:after] = 0
+            conv.weight[:after, :width] = grow.weight
+            conv.bias[:after] = 0
+            width = after
+        # The last norm divides by the length of the features. A large constant beside small colours makes that length
+        # nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
+        constant = 4.0
+        conv.weight[width:] = 0
+        conv.weight[width : 2 * width] = -conv.weight[:width]
+        conv.bias.zero_()
+        conv.bias[2 * width] = constant
+        _pass_on_residual(decoder.up_blocks[-1], 2 * width + 1)
+        scale = 2 * constant / decoder.conv_out.in_channels**0.5
+        _zero(decoder.conv_out)
+        decoder.conv_out.weight[:, :width, -1, 1, 1] = scale * torch.eye(width)
+        decoder.conv_out.weight[:, width : 2 * width, -1, 1, 1] = -scale * torch.eye(width)
+        decoder.conv_out.bias.copy_(2 * linear.bias - 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
         decoder = self.module.decoder
         x = _causal(self.module.post_quant_conv, latents.transpose(1, 2))
         x = _middle(decoder.mid_block, _causal(decoder.conv_in, x))
-        for level, block in enumerate(decoder.up_blocks):
+        for block in decoder.up_blocks:
             for resnet in block.resnets:
                 x = _residual(resnet, x)
-            if level == depth:
-                return x.transpose(1, 2)
             if block.upsamplers is not None:
                 x = _upsample(block.upsamplers[0], x)
         x = _causal(decoder.conv_out, F.silu(_norm(decoder.norm_out, x)))
         return x.transpose(1, 2) / 2 + 0.5
-
-    def head(self, depth: int) -> PatchHead:
-        blocks = self.module.decoder.up_blocks
-        doublings = sum(block.upsamplers[0].mode == "upsample3d" for block in blocks[:depth])
-        time = self.module.config.scale_factor_temporal // 2**doublings
-        space = self.module.config.scale_factor_spatial // 2**depth
-        return PatchHead(blocks[depth].resnets[-1].out_dim, time, space, self.first_group)
 
     def encode(self, frames: Tensor) -> Tensor:
         encoder = self.module.encoder
@@ -119,32 +200,42 @@ class TaehvCodec:
         self.module = module
         self.first_group = module.temporal_scale
         for layer in module.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        for layer in module.modules():
-            if isinstance(layer, MemBlock):  # residual branches start small
-                layer.conv[-1].weight.data.mul_(0.1)
-            elif isinstance(layer, TGrow):  # no ReLU after it
-                layer.conv.weight.data.mul_(0.7)
-        module.decoder[-1].weight.data.mul_(0.1)
-        nn.init.constant_(module.decoder[-1].bias, 0.5)
+            if isinstance(layer, MemBlock):
+                _zero(layer.conv[-1])
 
-    def decode(self, latents: Tensor, depth: int | None = None) -> Tensor:
-        layers = self.module.decoder
-        return self.module.run(layers if depth is None else layers[: self._end(depth)], latents)
-
-    def head(self, depth: int) -> PatchHead:
+    def linear(self) -> LinearDecoder:
         config = self.module.config
-        time = self.module.temporal_scale // 2 ** sum(config["decoder_time_upscale"][:depth])
-        space = self.module.spatial_scale // 2**depth
-        return PatchHead(config["decoder_widths"][depth], time, space, self.first_group)
+        widths = [width // 2 for width in config["decoder_widths"][:-1]]
+        doubles = config["decoder_time_upscale"]
+        return LinearDecoder(config["latent_channels"], widths, doubles, self.first_group)
 
-    def _end(self, depth: int) -> int:
-        """Index of the upsampling after which features are no longer of this depth."""
+    @torch.no_grad()
+    def begin_as(self, linear: LinearDecoder) -> None:
+        """A linear feature y becomes the two features relu(y) and relu(-y)."""
         layers = self.module.decoder
-        return [index for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)][depth]
+        convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+        splits = [layer for layer in layers if isinstance(layer, TGrow)]
+        width = linear.enter.out_channels
+        _both_signs(convs[0], linear.enter.weight, doubled_input=False)
+        convs[0].bias[: 2 * width] = torch.cat([linear.enter.bias, -linear.enter.bias])
+        for layer, conv, split, grow in zip(splits, convs[1:], linear.splits, linear.grows, strict=False):
+            parts = split.weight[..., 0, 0].chunk(2) if isinstance(split, nn.Conv2d) else [torch.eye(width)]
+            size = layer.conv.in_channels
+            for time, part in enumerate(parts):
+                rows = layer.conv.weight[time * size : time * size + 2 * width, :, 0, 0]
+                rows[:] = 0
+                rows[:width, :width] = part
+                rows[width:, width : 2 * width] = part
+            _both_signs(conv, grow.weight)
+            width = grow.out_channels
+        last = convs[-1]
+        _zero(last)
+        last.weight[:, :width, 1, 1] = torch.eye(width)
+        last.weight[:, width : 2 * width, 1, 1] = -torch.eye(width)
+        last.bias.copy_(linear.bias)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.module.decode_raw(latents)
 
     def encode(self, frames: Tensor) -> Tensor:
         return self.module.encode_raw(frames)
@@ -154,6 +245,33 @@ class TaehvCodec:
 
     def encode_clip(self, frames: Tensor) -> Tensor:
         return encode_taehv(self.module, frames)
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _pass_on(conv: WanCausalConv3d, width: int) -> None:
+    """Make a convolution of kernel 1 hand on its first `width` channels as they are."""
+    conv.weight[:width] = 0
+    conv.weight[:width, :width, 0, 0, 0] = torch.eye(width)
+    conv.bias[:width] = 0
+
+
+def _pass_on_residual(block: nn.Module, width: int) -> None:
+    for resnet in block.resnets:
+        if isinstance(resnet.conv_shortcut, WanCausalConv3d):
+            _pass_on(resnet.conv_shortcut, width)
+
+
+def _both_signs(conv: nn.Conv2d, weight: Tensor, doubled_input: bool = True) -> None:
+    """First rows of a convolution: a linear one and its negative, of inputs that are such pairs themselves."""
+    rows = torch.cat([weight, -weight])
+    if doubled_input:
+        rows = torch.cat([rows, -rows], 1)
+    conv.weight[: len(rows)] = 0
+    conv.weight[: len(rows), : rows.shape[1]] = rows
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Train the decoders and encoders: `python -m training.decoders --kind wan --minutes 14 --out training/cache/decoder_wan`.
 
 The latents are given (a principal component analysis of patches), so both halves are plain regressions: decoders from
-latents to frames, encoders from frames to latents. Decoders grow: first the layers at low resolution under a linear head,
-where a step is cheap and most parameters lie, then further ones, at last the whole. Time is counted in minutes of the
-processor, so that a busy machine changes how long a run takes and not what comes out.
+latents to frames, encoders from frames to latents. A linear decoder is fitted first, which takes seconds, and the real one
+begins as that. Time is counted in minutes of the processor, so that a busy machine changes how long a run takes and not
+what comes out.
 
 The result is an ordinary diffusers folder in float16, of `AutoencoderKLWan` or of `TAEHV`.
 """
@@ -26,7 +26,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from pipeline.taehv import TAEHV
-from training.codecs import Codec, PatchHead, TaehvCodec, WanCodec
+from training.codecs import Codec, TaehvCodec, WanCodec
 from training.data import ClipDataset
 from training.network import save_atomically
 from training.optim import Muon, WeightAverage
@@ -35,31 +35,32 @@ from training.sheets import save_sheet
 logger = logging.getLogger(__name__)
 
 
+Part = Literal["linear", "decoder", "encoder"]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training with one shape of batch.
 
     Attributes:
+        part: what is trained. A part's phases follow one another.
         share: of the whole budget.
-        depth: where the decoder stops and a linear head takes over; None for all of it.
         samples, latents: clips in a batch and latent frames of each.
         crop: height and width of a sample in latent cells; None for all of it.
     """
 
-    part: Literal["decoder", "encoder"]
+    part: Part
     share: float
-    depth: int | None
     samples: int
     latents: int
-    crop: tuple[int, int] | None
+    crop: tuple[int, int] | None = None
 
 
 PHASES = (
-    Phase("decoder", 0.10, depth=1, samples=8, latents=3, crop=None),
-    Phase("decoder", 0.15, depth=2, samples=8, latents=3, crop=(4, 7)),
-    Phase("decoder", 0.30, depth=None, samples=6, latents=3, crop=(4, 7)),
-    Phase("decoder", 0.30, depth=None, samples=2, latents=3, crop=None),
-    Phase("encoder", 0.15, depth=None, samples=6, latents=3, crop=(4, 7)),
+    Phase("linear", 0.03, samples=8, latents=3, crop=(4, 7)),
+    Phase("decoder", 0.42, samples=6, latents=3, crop=(4, 7)),
+    Phase("decoder", 0.43, samples=2, latents=4),
+    Phase("encoder", 0.12, samples=6, latents=3, crop=(4, 7)),
 )
 
 
@@ -157,14 +158,13 @@ class Trainer:
         self.config = config
         self.data = ClipDataset(config.data)
         self.codec = build(config.kind, self.data.info.channels)
-        depths = sorted({phase.depth for phase in config.phases if phase.depth is not None})
-        self.heads = nn.ModuleDict({str(depth): self.codec.head(depth) for depth in depths})
+        self.linear = self.codec.linear()
+        self.networks = nn.ModuleDict({"codec": self.codec.module, "linear": self.linear})
         self.batches = Batches(self.data, config, self.codec.first_group)
         sample = self.data.latents[:: max(1, len(self.data.latents) // 200)].astype(np.float32)
         self.deviation = torch.from_numpy(sample.std(axis=(0, 1, 3, 4))).view(1, 1, -1, 1, 1)
-        self.networks = nn.ModuleDict({"codec": self.codec.module, "heads": self.heads})
-        self.average = WeightAverage(list(self.networks.parameters()), config.average)
-        self.minutes, self.phase, self.steps = 0.0, -1, 0
+        self.minutes, self.steps, self.part_steps = 0.0, 0, 0
+        self.part: Part | None = None
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load(torch.load(self.checkpoint, weights_only=False))
@@ -173,60 +173,69 @@ class Trainer:
         """Train to the end of the budget, writing a checkpoint every few minutes."""
         written, started, before = time.monotonic(), time.process_time(), self.minutes
         error = 0.0
-        while (position := self._position()) is not None:
-            index, progress = position
-            if index != self.phase:
-                self._enter(index)
-            error += 0.05 * (self._step(self.config.phases[index], progress) - error)
-            self.steps += 1
+        while (place := self._place()) is not None:
+            phase, progress = place
+            if phase.part != self.part:
+                self._leave()
+                self._enter(phase.part)
+            error += max(0.02, 1 / (self.part_steps + 1)) * (self._step(phase, progress) - error)
             self.minutes = before + (time.process_time() - started) / 60
-            if self.steps % 50 == 0:
-                logger.info("phase %d step %d %.2f min error %.5f", index, self.steps, self.minutes, error)
+            if self.steps % 100 == 0:
+                logger.info("%s step %d %.2f min error %.5f", self.part, self.steps, self.minutes, error)
             if time.monotonic() - written > self.config.checkpoint_seconds:
                 self.save()
                 written = time.monotonic()
+        self._leave()
         self.save()
 
-    def _position(self) -> tuple[int, float]| None:
-        """The current phase, and how far its part (decoder or encoder) has come; None at the end."""
+    def _place(self) -> tuple[Phase, float] | None:
+        """The current phase, and how far its part has come; None at the end."""
         spent, before = self.minutes / self.config.minutes, 0.0
-        for index, phase in enumerate(self.config.phases):
+        for phase in self.config.phases:
             if spent < before + phase.share:
-                shares = [(other.share, position) for position, other in enumerate(self.config.phases) if other.part == phase.part]
-                done = sum(share for share, position in shares if position < index) + spent - before
-                return index, done / sum(share for share, _ in shares)
+                shares = [(other.part, other.share) for other in self.config.phases]
+                start = sum(share for _, share in shares[: [part for part, _ in shares].index(phase.part)])
+                return phase, (spent - start) / sum(share for part, share in shares if part == phase.part)
             before += phase.share
         return None
 
-    def _enter(self, index: int) -> None:
-        """Fresh optimisers: layers that join a phase have no history."""
-        self.phase, self.phase_steps = index, 0
-        part = self.config.phases[index].part
-        self.parameters = list(self._part(part))
+    def _enter(self, part: Part) -> None:
+        """Begin a part: its parameters, fresh optimisers and a fresh average."""
+        self.part, self.part_steps = part, 0
+        self.parameters = list(self._parameters(part))
         matrices, others = _matrices_and_others(self.parameters)
-        self.matrices = [(p, nn.Parameter(p.data.flatten(1))) for p in matrices]
+        # Muon steps matrices: a convolution is one with a row for each output, sharing its memory.
+        self.matrices = [(parameter, nn.Parameter(parameter.data.flatten(1))) for parameter in matrices]
         self.muon = Muon([flat for _, flat in self.matrices])
         self.adam = torch.optim.AdamW(others, lr=self.config.other_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        logger.info("phase %d: %s, %d parameters", index, self.config.phases[index], sum(p.numel() for p in self.parameters))
+        self.average = WeightAverage(self.parameters, self.config.average)
+        logger.info("%s: %d parameters", part, sum(parameter.numel() for parameter in self.parameters))
 
-    def _part(self, part: str) -> Iterator[nn.Parameter]:
+    def _leave(self) -> None:
+        """End a part: its average is its result."""
+        if self.part is None:
+            return
+        self.average.copy_to(self.parameters)
+        if self.part == "linear":
+            self.codec.begin_as(self.linear)
+        self.part = None
+
+    def _parameters(self, part: Part) -> Iterator[nn.Parameter]:
         for name, parameter in self.networks.named_parameters():
             encodes = name.startswith(("codec.encoder.", "codec.quant_conv."))
-            if encodes == (part == "encoder"):
+            own = "linear" if name.startswith("linear.") else "encoder" if encodes else "decoder"
+            if own == part:
                 yield parameter
 
     def _step(self, phase: Phase, progress: float) -> float:
-        """One update; returns the mean squared error of what the phase predicts."""
-        rate = min(1.0, (self.phase_steps + 1) / self.config.warmup_steps)
+        """One update; returns the mean squared error of what the part predicts."""
+        rate = min(1.0, (self.part_steps + 1) / self.config.warmup_steps)
         rate *= min(1.0, max(0.01, (1 - progress) / (1 - self.config.flat)))
         batch = self.batches.draw(phase)
-        loss, error = self._decoder_loss(phase, batch) if phase.part == "decoder" else self._encoder_loss(batch)
+        loss, error = self._encoder_loss(batch) if phase.part == "encoder" else self._decoder_loss(batch)
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
-        for parameter in self.parameters:
-            if parameter.grad is None:  # a layer beyond this phase's depth
-                parameter.grad = torch.zeros_like(parameter)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = self.config.other_rate * rate
@@ -235,60 +244,63 @@ class Trainer:
             flat.grad = parameter.grad.flatten(1)
         self.muon.step(self.config.matrix_rate * rate)
         self.average.update()
-        self.phase_steps += 1
+        self.steps += 1
+        self.part_steps += 1
         return error
 
-    def _decoder_loss(self, phase: Phase, batch: Batch) -> tuple[Tensor, float]:
+    def _decoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
         noise = self.config.latent_noise * torch.rand(len(batch.latents), 1, 1, 1, 1) * self.deviation
         latents = batch.latents + noise * torch.randn_like(batch.latents)
         with torch.autocast("cpu", torch.bfloat16):
-            frames = self.codec.decode(latents, phase.depth)
-            if phase.depth is not None:
-                frames = self.heads[str(phase.depth)](frames)
+            frames = self.linear(latents) if self.part == "linear" else self.codec.decode(latents)
         difference, weights = frames.float() - batch.frames, batch.pixel_weights
         absolute = (difference.abs() * weights).mean()
         squared = (difference.pow(2) * weights).mean()
         edges = (difference.diff(dim=-1).abs() * weights[..., 1:]).mean()
         edges = edges + (difference.diff(dim=-2).abs() * weights[..., 1:, :]).mean()
-        return (absolute + 4 * squared + 0.5 * edges) / weights.mean(), difference.detach().pow(2).mean().item()
+        loss = (absolute + 4 * squared + 0.5 * edges) / weights.mean()
+        return loss, difference.detach().pow(2).mean().item()
 
     def _encoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
         with torch.autocast("cpu", torch.bfloat16):
             latents = self.codec.encode(batch.frames)
-        error = ((latents.float() - batch.latents).pow(2) * batch.latent_weights).mean() / batch.latent_weights.mean()
+        weights = batch.latent_weights
+        error = ((latents.float() - batch.latents).pow(2) * weights).mean() / weights.mean()
         return error, error.item()
 
     def save(self) -> None:
+        """Write the checkpoint."""
         state: dict[str, Any] = {
             "networks": self.networks.state_dict(),
-            "average": self.average.average,
-            "average_steps": self.average.steps,
             "minutes": self.minutes,
             "steps": self.steps,
             "random": (self.batches.random.bit_generator.state, torch.get_rng_state()),
+            "part": self.part,
         }
-        if self.phase >= 0:
-            state |= {"phase": self.phase, "phase_steps": self.phase_steps}
-            state |= {"adam": self.adam.state_dict(), "muon": self.muon.state_dict()}
+        if self.part is not None:
+            state |= {
+                "part_steps": self.part_steps,
+                "average": (self.average.steps, self.average.average),
+                "adam": self.adam.state_dict(),
+                "muon": self.muon.state_dict(),
+            }
         save_atomically(state, self.checkpoint)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
-        self.average.average = state["average"]
-        self.average.steps = state["average_steps"]
         self.minutes, self.steps = state["minutes"], state["steps"]
         self.batches.random.bit_generator.state = state["random"][0]
         torch.set_rng_state(state["random"][1])
-        if "phase" in state:
-            self._enter(state["phase"])
-            self.phase_steps = state["phase_steps"]
+        if state["part"] is not None:
+            self._enter(state["part"])
+            self.part_steps = state["part_steps"]
+            self.average.steps, self.average.average = state["average"]
             self.adam.load_state_dict(state["adam"])
             self.muon.load_state_dict(state["muon"])
         logger.info("going on from %.2f min, step %d", self.minutes, self.steps)
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a diffusers folder in float16; the run's own weights become the averaged ones."""
-        self.average.copy_to(list(self.networks.parameters()))
+        """Write the result as a diffusers folder in float16."""
         self.codec.module.eval().half().save_pretrained(folder)
         self.codec.module.float()
 
@@ -296,7 +308,7 @@ class Trainer:
 def build(kind: str, channels: int) -> Codec:
     """A fresh codec of the embedded model's size."""
     if kind == "taehv":
-        return TaehvCodec(TAEHV(latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16))
+        return TaehvCodec(TAEHV(latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0))
     vae = AutoencoderKLWan(
         base_dim=8,
         decoder_base_dim=16,

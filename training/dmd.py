@@ -45,6 +45,8 @@ class DMDConfig:
     init: str = "training/cache/base/base.pt"
     out: str = "training/cache/dmd"
     processes: int = 2
+    device: str = "cpu"
+    """`cpu` or, with one process, `cuda`."""
     seed: int = 0
     latent_shape: tuple[int, int, int] = (16, 8, 14)
     batch: int = 12
@@ -95,7 +97,8 @@ class ScoreNetworks:
         _, height, width = config.latent_shape
         rows, columns = teacher.token_grid(height, width)
         rollout = config.rollout
-        self.mask = frame_mask(block_causal(rollout.window_frames, rollout.block_frames), rows * columns)
+        mask = frame_mask(block_causal(rollout.window_frames, rollout.block_frames), rows * columns)
+        self.mask = mask.to(teacher.device)
 
     def levels(self, batch: int, late: bool) -> torch.Tensor:
         """Noise levels [B, F] in 0..1: one a clip; the sink of a late window is context and stays nearly clean."""
@@ -104,7 +107,7 @@ class ScoreNetworks:
         level = level.repeat(1, self.config.rollout.window_frames)
         if late:
             level[:, : self.config.rollout.sink_frames] = self.config.rollout.context_noise / TRAIN_STEPS
-        return level
+        return level.to(self.teacher.device)
 
     def scored(self, late: bool) -> slice:
         """The frames a loss is taken on."""
@@ -147,9 +150,10 @@ class DMDStage:
         self.rank = rank
         self.config = config
         self.path = Path(config.out) / "dmd.pt"
-        init = torch.load(config.init, weights_only=True)
+        self.device = torch.device(config.device)
+        init = torch.load(config.init, map_location=self.device, weights_only=True)
         self.network_config = NetworkConfig(**init["config"])
-        teacher = build_network(self.network_config)
+        teacher = build_network(self.network_config).to(self.device)
         teacher.load_state_dict(init["average"])
         self.master = copy.deepcopy(teacher)
         self.critic_master = copy.deepcopy(teacher)
@@ -168,7 +172,7 @@ class DMDStage:
         self.scores = ScoreNetworks(config, teacher.bfloat16().requires_grad_(False), critic)
         self.rollout = Rollout(self.generator, config.rollout, config.latent_shape)
         self.text = load_text_encoder(Path(config.text))
-        self.empty_text = self.text.encode([""]).bfloat16()
+        self.empty_text = self.text.encode([""]).to(self.device, torch.bfloat16)
         self.remembered: list[Clips] = []
 
     def run(self) -> None:
@@ -209,7 +213,7 @@ class DMDStage:
         num_blocks = int(shared.integers(config.long_blocks[0], config.long_blocks[1] + 1)) if late else window_blocks
         exit_step = int(shared.integers(len(rollout.denoising_steps)))
         prompts = [make_caption(sample_params(captions, split="train"), captions)[0] for _ in range(config.batch)]
-        text = self.text.encode(prompts).bfloat16()
+        text = self.text.encode(prompts).to(self.device, torch.bfloat16)
         scored = window_blocks - rollout.sink_frames // rollout.block_frames if late else window_blocks
         with torch.set_grad_enabled(gradients):
             latents = self.rollout(
@@ -261,7 +265,7 @@ class DMDStage:
         save_atomically(state, self.path)
 
     def _load(self) -> float:
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, map_location=self.device, weights_only=True)
         self.master.load_state_dict(state["master"])
         self.critic_master.load_state_dict(state["critic"])
         self.adam.load_state_dict(state["adam"])
@@ -280,7 +284,7 @@ def stage(rank: int, config: DMDConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.dmd", description=__doc__.splitlines()[0])
     defaults = DMDConfig()
-    for name in ("minutes", "text", "init", "out", "processes", "seed", "batch", "guidance", "rate", "critic_rate"):
+    for name in ("minutes", "text", "init", "out", "processes", "device", "seed", "batch", "guidance", "rate", "critic_rate"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(argv)

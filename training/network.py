@@ -68,27 +68,29 @@ def matrices_and_rest(network: CausalWanTransformer3DModel) -> tuple[list[nn.Par
     return matrices, [p for p in network.parameters() if id(p) not in chosen]
 
 
-def run_processes(stage: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """Run `stage(rank, *arguments)` in this process, or in several joined by gloo.
+def run_processes(stage: Callable[..., None], processes: int, config: Any) -> None:
+    """Run `stage(rank, config)` in this process, or in several joined by gloo.
 
     Two processes of one thread beat one of two at these sizes, and suffer less when something else wants a core.
     """
     if processes == 1:
-        stage(0, *arguments)
+        stage(0, config)
         return
+    if config.device != "cpu":
+        raise SystemExit(f"{processes} processes share the CPU; a stage on {config.device} takes --processes 1.")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_joined, args=(processes, port, stage, arguments), nprocs=processes)
+    mp.spawn(_joined, args=(processes, port, stage, config), nprocs=processes)
 
 
-def _joined(rank: int, processes: int, port: int, stage: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _joined(rank: int, processes: int, port: int, stage: Callable[..., None], config: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
     try:
-        stage(rank, *arguments)
+        stage(rank, config)
     finally:
         dist.destroy_process_group()
 

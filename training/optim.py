@@ -36,7 +36,9 @@ class Muon:
         self._groups: dict[torch.Size, list[nn.Parameter]] = {}
         for matrix in matrices:
             self._groups.setdefault(matrix.shape, []).append(matrix)
-        self._velocity = {shape: torch.zeros(len(group), *shape) for shape, group in self._groups.items()}
+        self._velocity = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self._groups.items()
+        }
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
