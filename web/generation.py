@@ -125,12 +125,15 @@ class Generator:
                 file = self._write(encoder, meter)
             except VideoError as error:
                 failure = failure or error
+        # None adds nothing to the stream, but names it once more: so Gradio names it again at the very end, and the player
+        # asks at once for the playlist that says so. Without it, it would ask 5 s after the last segment.
+        video = None if encoder is not None and encoder.num_frames else gr.skip()
         if failure is not None:
-            yield gr.skip(), status.failed(str(failure), meter), file
+            yield video, status.failed(str(failure), meter), file
         elif encoder is None:
-            yield gr.skip(), status.stopped_early(), file
+            yield video, status.stopped_early(), file
         else:
-            yield gr.skip(), status.finished(meter, stopped=run.stopped), file
+            yield video, status.finished(meter, stopped=run.stopped), file
         time.sleep(max(0.0, last_segment + TAIL_SECONDS - time.monotonic()))
         if failure is not None:
             raise gr.Error(str(failure), print_exception=False)

@@ -185,6 +185,7 @@ class Page:
             show_progress="hidden",
         )
         generating.then(self._end, [self.download], [self.download, *buttons], **quiet)
+        generating.then(None, [self.video], [self.video], js=_ASK_ONCE_MORE, **quiet)
         self.stop.click(
             self._stop, None, [self.status, *buttons], **{**quiet, "api_visibility": "public"}, api_name="stop"
         )
@@ -241,6 +242,10 @@ _DEBOUNCE = """(text) => new Promise((resolve) => {
     clearTimeout(window.selfForcingTyping);
     window.selfForcingTyping = setTimeout(() => resolve(text), 250);
 })"""
+
+
+# hls.js forgets to cancel its next look at the playlist when a look in between found the end, unless there is another one.
+_ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(video && { ...video }), 400))"
 
 
 def _session(request: gr.Request | None) -> str:
