@@ -125,8 +125,8 @@ class Generator:
                 file = self._write(encoder, meter)
             except VideoError as error:
                 failure = failure or error
-        # None adds nothing to the stream, but names it once more: so Gradio names it again at the very end, and the player
-        # asks at once for the playlist that says so. Without it, it would ask 5 s after the last segment.
+        # None adds nothing to the stream, but names it once more. So Gradio names it again at the very end, and the
+        # player asks at once for the playlist that says so; otherwise it would ask 5 s after the last segment.
         video = None if encoder is not None and encoder.num_frames else gr.skip()
         if failure is not None:
             yield video, status.failed(str(failure), meter), file

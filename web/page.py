@@ -244,7 +244,7 @@ _DEBOUNCE = """(text) => new Promise((resolve) => {
 })"""
 
 
-# hls.js forgets to cancel its next look at the playlist when a look in between found the end, unless there is another one.
+# When a look at the playlist finds the end, hls.js does not cancel the next look that it planned before; a second does.
 _ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(video && { ...video }), 400))"
 
 
