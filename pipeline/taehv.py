@@ -29,10 +29,14 @@ def _conv(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> n
 
 
 class SoftClamp(nn.Module):
-    """Bounds latents smoothly to (-3, 3), the range the decoder was trained on."""
+    """Bounds latents smoothly to (-limit, limit), the range the decoder was trained on."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x / 3) * 3
+        return torch.tanh(x / self.limit) * self.limit
 
 
 class MemBlock(nn.Module):
@@ -86,6 +90,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         decoder_time_upscale: for each stage, in order, whether it doubles the number of frames.
         encoder_time_downscale: for each stage, in order, whether it halves the number of frames.
         blocks_per_stage: `MemBlock`s in each stage of either half.
+        latent_limit: bound of the decoder's input; latents are squeezed smoothly into it.
 
     Every stage scales height and width by two. Source: madebyollin/taehv.
     """
@@ -99,6 +104,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         decoder_time_upscale: Sequence[bool] = (False, True, True),
         encoder_time_downscale: Sequence[bool] = (True, True, False),
         blocks_per_stage: int = 3,
+        latent_limit: float = 3.0,
     ) -> None:
         super().__init__()
         if len(decoder_widths) != len(decoder_time_upscale) + 1:
@@ -129,7 +135,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         self.encoder = nn.Sequential(*encoder, _conv(encoder_width, latent_channels))
 
         first, *after = decoder_widths
-        decoder: list[nn.Module] = [SoftClamp(), _conv(latent_channels, first), nn.ReLU(inplace=True)]
+        decoder: list[nn.Module] = [SoftClamp(latent_limit), _conv(latent_channels, first), nn.ReLU(inplace=True)]
         width = first
         for double, next_width in zip(decoder_time_upscale, after, strict=True):
             decoder += [MemBlock(width) for _ in range(blocks_per_stage)]

@@ -1,11 +1,13 @@
-"""The two autoencoder classes in the form they are trained in: a whole clip in one pass, without a stream's caches.
+"""The two autoencoder classes in the form they are trained in: a whole clip in one pass, without a stream's
+caches.
 
-`AutoencoderKLWan` doubles the frame rate only while it fills a cache, chunk after chunk, and its norms are slow to
-differentiate. Here its layers run over all frames side by side, with the same result (a test holds the two together).
+`AutoencoderKLWan` doubles the frame rate only while it fills a cache, chunk after chunk, and its norms are
+slow to differentiate. Here its layers run over all frames side by side, with the same result (a test holds
+the two together).
 
-Both decoders begin as a linear one, fitted before in seconds: their residual branches start at zero, and what is left
-can be made to compute any `LinearDecoder`, ReLUs and norms notwithstanding. From a random start they need minutes to
-come as far.
+Both decoders begin as a linear one, fitted before in seconds: their residual branches start at zero, and what
+is left can be made to compute any `LinearDecoder`, ReLUs and norms notwithstanding. From a random start they
+need minutes to come as far.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Codec(Protocol):
 
 
 class LinearDecoder(nn.Module):
-    """What the decoders are without their residual branches: convolutions, each after a doubling of height and width.
+    """What the decoders are without their residual branches: convolutions, each after a doubling of height
+    and width.
 
     Args:
         channels: of a latent.
@@ -66,7 +69,9 @@ class LinearDecoder(nn.Module):
         first_group: 1 if the first frame of a sample stays single, as in the Wan VAE.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int) -> None:
+    def __init__(
+        self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int
+    ) -> None:
         super().__init__()
         self.single_first = first_group == 1
         self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -76,7 +81,8 @@ class LinearDecoder(nn.Module):
         )
         outputs = [*widths[1:], 3]
         self.grows = nn.ModuleList(
-            nn.Conv2d(width, after, 3, padding=1, bias=False) for width, after in zip(widths, outputs, strict=True)
+            nn.Conv2d(width, after, 3, padding=1, bias=False)
+            for width, after in zip(widths, outputs, strict=True)
         )
         self.bias = nn.Parameter(torch.full((3,), 0.5))
         with torch.no_grad():  # each layer begins near the identity
@@ -119,7 +125,7 @@ class WanCodec:
     def linear(self) -> LinearDecoder:
         stages = self._stages()
         widths = [block.upsamplers[0].dim for block in stages]
-        # Each stage's width is halved on the way to the next; the last must hold the colours twice, and a constant.
+        # What a stage hands on is narrower than the next one.
         widths = [min(width, 3 * self.module.config.z_dim) for width in widths]
         for index, block in enumerate(stages[:-1]):
             widths[index + 1] = min(widths[index + 1], block.upsamplers[0].resample[1].out_channels)
@@ -151,8 +157,8 @@ class WanCodec:
             conv.weight[:after, :width] = grow.weight
             conv.bias[:after] = 0
             width = after
-        # The last norm divides by the length of the features. A large constant beside small colours makes that length
-        # nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
+        # The last norm divides by the length of the features. A large constant beside small colours makes that
+        # length nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
         constant = 4.0
         conv.weight[width:] = 0
         conv.weight[width : 2 * width] = -conv.weight[:width]
@@ -266,7 +272,8 @@ def _pass_on_residual(block: nn.Module, width: int) -> None:
 
 
 def _both_signs(conv: nn.Conv2d, weight: Tensor, doubled_input: bool = True) -> None:
-    """First rows of a convolution: a linear one and its negative, of inputs that are such pairs themselves."""
+    """First rows of a convolution: a linear one and its negative, of inputs that are such pairs
+    themselves."""
     rows = torch.cat([weight, -weight])
     if doubled_input:
         rows = torch.cat([rows, -rows], 1)
@@ -275,7 +282,8 @@ def _both_signs(conv: nn.Conv2d, weight: Tensor, doubled_input: bool = True) -> 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Root mean square over channels (dimension 1), in the input's dtype: a tenth of the time autograd needs."""
+    """Root mean square over channels (dimension 1), in the input's dtype: a tenth of the time autograd
+    needs."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, gamma: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Train the decoders and encoders: `python -m training.decoders --kind wan --minutes 14 --out training/cache/decoder_wan`.
+"""Train the decoders and encoders: `python -m training.decoders --kind wan --minutes 14 --out
+training/cache/decoder_wan`.
 
-The latents are given (a principal component analysis of patches), so both halves are plain regressions: decoders from
-latents to frames, encoders from frames to latents. A linear decoder is fitted first, which takes seconds, and the real one
-begins as that. Time is counted in minutes of the processor, so that a busy machine changes how long a run takes and not
-what comes out.
+The latents are given (a principal component analysis of patches), so both halves are plain regressions:
+decoders from latents to frames, encoders from frames to latents. A linear decoder is fitted first, which
+takes seconds, and the real one begins as that. Time is counted in minutes of the processor, so that a busy
+machine changes how long a run takes and not what comes out.
 
 The result is an ordinary diffusers folder in float16, of `AutoencoderKLWan` or of `TAEHV`.
 """
@@ -21,39 +22,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from pipeline.taehv import TAEHV
 from training.codecs import Codec, TaehvCodec, WanCodec
 from training.data import ClipDataset
+from training.decoder_batches import Batch, Batches, Part, Phase
+from training.decoder_scores import measure, pictures
 from training.network import save_atomically
 from training.optim import Muon, WeightAverage
 from training.sheets import save_sheet
 
 logger = logging.getLogger(__name__)
-
-
-Part = Literal["linear", "decoder", "encoder"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with one shape of batch.
-
-    Attributes:
-        part: what is trained. A part's phases follow one another.
-        share: of the whole budget.
-        samples, latents: clips in a batch and latent frames of each.
-        crop: height and width of a sample in latent cells; None for all of it.
-    """
-
-    part: Part
-    share: float
-    samples: int
-    latents: int
-    crop: tuple[int, int] | None = None
 
 
 PHASES = (
@@ -73,81 +54,24 @@ class DecoderConfig:
     """Of processor time."""
     data: Path
     out: Path
+    device: str = "cpu"
     phases: tuple[Phase, ...] = PHASES
     seed: int = 0
-    matrix_rate: float = 0.02
+    matrix_rate: float = 0.006
     other_rate: float = 2e-3
     warmup_steps: int = 20
     flat: float = 0.5
     """Share of a part's time at the full rate; then it falls linearly."""
     average: float = 0.99
     latent_noise: float = 0.15
-    """Largest noise on a sample's latents, in each channel's standard deviations: generated latents are not perfect."""
+    """Largest noise on a sample's latents, in each channel's standard deviations: generated latents are not
+    perfect."""
     subject_weight: float = 2.0
     first_share: float = 0.25
     """Samples that begin with the clip."""
     held_out: int = 100
     """Clips with pixels, the last ones, that are never trained on."""
     checkpoint_seconds: float = 120.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Latents [B, F, C, h, w], the frames of their groups [B, T, 3, H, W] in 0..1, weights of pixels and of latents."""
-
-    latents: Tensor
-    frames: Tensor
-    pixel_weights: Tensor
-    latent_weights: Tensor
-
-
-class Batches:
-    """Draws samples from the clips whose pixels are stored."""
-
-    def __init__(self, data: ClipDataset, config: DecoderConfig, first_group: int) -> None:
-        self._data, self._config, self._first_group = data, config, first_group
-        self._stride = (data.info.num_frames - 1) // (data.info.latent_shape[0] - 1)
-        self._clips = len(data.pixels) - config.held_out
-        if self._clips < 1:
-            raise ValueError(
-                f"the data set stores pixels of {len(data.pixels)} clips and {config.held_out} of them are held out; "
-                "nothing is left to train on"
-            )
-        self.random = np.random.default_rng(config.seed)
-
-    def draw(self, phase: Phase) -> Batch:
-        count, _, height, width = self._data.info.latent_shape
-        crop_height, crop_width = phase.crop or (height, width)
-        scale = self._data.info.height // height
-        rows: list[tuple[np.ndarray, ...]] = []
-        for clip in self.random.integers(self._clips, size=phase.samples):
-            starts = self.random.random() < self._config.first_share
-            start = 0 if starts else int(self.random.integers(1, count - phase.latents + 1))
-            top = int(self.random.integers(height - crop_height + 1))
-            left = int(self.random.integers(width - crop_width + 1))
-            cells = np.s_[..., top : top + crop_height, left : left + crop_width]
-            groups = np.arange(start, start + phase.latents)
-            # Group g > 0 holds `stride` frames up to frame stride * g; the first latent may stand for the last only.
-            times = np.arange(self._stride * start - self._first_group + 1, self._stride * groups[-1] + 1).clip(0)
-            area = np.s_[
-                times[0] : times[-1] + 1,
-                top * scale : (top + crop_height) * scale,
-                left * scale : (left + crop_width) * scale,
-            ]
-            mask = self._data.masks[clip, groups][cells] > 5
-            # A latent from the middle of a clip does not stand for one frame: that frame is context only.
-            whole = np.ones(phase.latents, np.float32)
-            whole[0] = start == 0 or self._first_group == self._stride
-            rows.append((self._data.latents[clip, groups][cells], self._data.pixels[clip][area][times - times[0]], mask, whole))
-        latents, frames, mask, whole = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-        weights = (1 + self._config.subject_weight * mask.float()) * whole[..., None, None]
-        weights = F.interpolate(weights, scale_factor=float(scale)).repeat_interleave(self._stride, 1)
-        return Batch(
-            latents.float(),
-            frames.permute(0, 1, 4, 2, 3).float() / 255,
-            weights[:, -frames.shape[1] :, None],
-            whole[..., None, None, None],
-        )
 
 
 class Trainer:
@@ -160,14 +84,23 @@ class Trainer:
         self.codec = build(config.kind, self.data.info.channels)
         self.linear = self.codec.linear()
         self.networks = nn.ModuleDict({"codec": self.codec.module, "linear": self.linear})
-        self.batches = Batches(self.data, config, self.codec.first_group)
+        self.device = torch.device(config.device)
+        self.networks.to(self.device)
+        self.batches = Batches(
+            self.data,
+            held_out=config.held_out,
+            first_group=self.codec.first_group,
+            subject_weight=config.subject_weight,
+            first_share=config.first_share,
+            seed=config.seed,
+        )
         sample = self.data.latents[:: max(1, len(self.data.latents) // 200)].astype(np.float32)
-        self.deviation = torch.from_numpy(sample.std(axis=(0, 1, 3, 4))).view(1, 1, -1, 1, 1)
+        self.deviation = torch.from_numpy(sample.std(axis=(0, 1, 3, 4))).view(1, 1, -1, 1, 1).to(self.device)
         self.minutes, self.steps, self.part_steps = 0.0, 0, 0
         self.part: Part | None = None
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
-            self._load(torch.load(self.checkpoint, weights_only=False))
+            self._load(torch.load(self.checkpoint, map_location=self.device, weights_only=True))
 
     def run(self) -> None:
         """Train to the end of the budget, writing a checkpoint every few minutes."""
@@ -231,7 +164,7 @@ class Trainer:
         """One update; returns the mean squared error of what the part predicts."""
         rate = min(1.0, (self.part_steps + 1) / self.config.warmup_steps)
         rate *= min(1.0, max(0.01, (1 - progress) / (1 - self.config.flat)))
-        batch = self.batches.draw(phase)
+        batch = self.batches.draw(phase).to(self.device)
         loss, error = self._encoder_loss(batch) if phase.part == "encoder" else self._decoder_loss(batch)
         for parameter in self.parameters:
             parameter.grad = None
@@ -249,9 +182,9 @@ class Trainer:
         return error
 
     def _decoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
-        noise = self.config.latent_noise * torch.rand(len(batch.latents), 1, 1, 1, 1) * self.deviation
+        noise = self.config.latent_noise * torch.rand_like(batch.latents[:, :1, :1, :1, :1]) * self.deviation
         latents = batch.latents + noise * torch.randn_like(batch.latents)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             frames = self.linear(latents) if self.part == "linear" else self.codec.decode(latents)
         difference, weights = frames.float() - batch.frames, batch.pixel_weights
         absolute = (difference.abs() * weights).mean()
@@ -262,7 +195,7 @@ class Trainer:
         return loss, difference.detach().pow(2).mean().item()
 
     def _encoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             latents = self.codec.encode(batch.frames)
         weights = batch.latent_weights
         error = ((latents.float() - batch.latents).pow(2) * weights).mean() / weights.mean()
@@ -290,7 +223,7 @@ class Trainer:
         self.networks.load_state_dict(state["networks"])
         self.minutes, self.steps = state["minutes"], state["steps"]
         self.batches.random.bit_generator.state = state["random"][0]
-        torch.set_rng_state(state["random"][1])
+        torch.set_rng_state(state["random"][1].cpu())
         if state["part"] is not None:
             self._enter(state["part"])
             self.part_steps = state["part_steps"]
@@ -308,7 +241,11 @@ class Trainer:
 def build(kind: str, channels: int) -> Codec:
     """A fresh codec of the embedded model's size."""
     if kind == "taehv":
-        return TaehvCodec(TAEHV(latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0))
+        return TaehvCodec(
+            TAEHV(
+                latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0
+            )
+        )
     vae = AutoencoderKLWan(
         base_dim=8,
         decoder_base_dim=16,
@@ -321,42 +258,6 @@ def build(kind: str, channels: int) -> Codec:
     return WanCodec(vae)
 
 
-@torch.no_grad()
-def measure(codec: Codec, data: ClipDataset, clips: range, block: int = 3) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Scores over held-out clips, decoded block by block as the pipeline does, and originals above decoded clips."""
-    decoder = codec.stream()
-    scores: dict[str, list[float]] = {name: [] for name in ("psnr", "psnr_subject", "psnr_linear", "psnr_round_trip", "latent_mse")}
-    pictures: list[np.ndarray] = []
-    for clip in clips:
-        frames = torch.from_numpy(data.pixels[clip]).permute(0, 3, 1, 2)[None].float() / 255
-        latents = torch.from_numpy(data.latents[clip])[None].float()
-
-        def stream(latents: Tensor) -> Tensor:
-            decoder.reset()
-            return torch.cat([decoder.decode(part) for part in latents.split(block, 1)], 1)
-
-        decoded = stream(latents)
-        encoded = codec.encode_clip(frames)
-        mask = torch.from_numpy(data.masks[clip] > 5).float()[None]
-        mask = F.interpolate(mask, scale_factor=8.0).repeat_interleave(4, 1)[:, 3:, None]
-        linear = torch.from_numpy(data.pca.decode(data.latents[clip])).permute(0, 3, 1, 2)[None]
-        scores["psnr"].append(_psnr(decoded, frames))
-        if mask.any():
-            scores["psnr_subject"].append(_psnr(decoded, frames, mask))
-        scores["psnr_linear"].append(_psnr(linear, frames))
-        scores["psnr_round_trip"].append(_psnr(stream(encoded), frames))
-        scores["latent_mse"].append((encoded - latents).pow(2).mean().item())
-        both = torch.cat([frames, decoded], 3)[0].permute(0, 2, 3, 1)
-        pictures.append((both * 255 + 0.5).to(torch.uint8).numpy())
-    return {name: round(float(np.mean(values)), 4) for name, values in scores.items()}, pictures
-
-
-def _psnr(frames: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
-    error = (frames - reference).pow(2)
-    mean = error.mean() if weights is None else (error * weights).sum() / weights.expand_as(error).sum()
-    return float(-10 * mean.clamp_min(1e-12).log10())
-
-
 def _matrices_and_others(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Convolutions wide on both sides, which Muon steps as matrices, and everything else."""
     matrices = [p for p in parameters if p.ndim >= 4 and p.shape[0] >= 8 and p[0].numel() >= 8]
@@ -365,24 +266,30 @@ def _matrices_and_others(parameters: list[nn.Parameter]) -> tuple[list[nn.Parame
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the decoder and encoder of one autoencoder class.")
+    parser = argparse.ArgumentParser(prog="python -m training.decoders", description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=("wan", "taehv"), required=True)
     parser.add_argument("--minutes", type=float, required=True, help="of processor time")
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the scores")
     parser.add_argument("--export", type=Path, help="folder of the result; by default OUT/model")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    config = DecoderConfig(kind=arguments.kind, minutes=arguments.minutes, data=arguments.data, out=arguments.out)
+    config = DecoderConfig(
+        kind=options.kind, minutes=options.minutes, data=options.data, out=options.out, device=options.device
+    )
     trainer = Trainer(config)
     trainer.run()
-    trainer.export(arguments.export or arguments.out / "model")
-    clips = range(len(trainer.data.pixels) - min(24, config.held_out), len(trainer.data.pixels))
-    scores, pictures = measure(trainer.codec, trainer.data, clips)
-    (arguments.out / "scores.json").write_text(json.dumps(scores))
-    save_sheet(arguments.out / "sheet.png", pictures[:8], ["original above, decoded below"] * len(pictures[:8]))
+    trainer.export(options.export or options.out / "model")
+    trainer.networks.cpu()
+    count = len(trainer.data.pixels)
+    scores = measure(trainer.codec, trainer.data, range(count - min(24, config.held_out), count))
     logger.info("%s", json.dumps(scores))
+    (options.out / "scores.json").write_text(json.dumps(scores))
+    shown = range(count - min(8, config.held_out), count)
+    captions = [f"clip {clip}: original above, decoded below" for clip in shown]
+    save_sheet(options.out / "sheet.png", pictures(trainer.codec, trainer.data, shown), captions)
 
 
 if __name__ == "__main__":
