@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import app
-from tests.scripted import WORDS, ScriptedPipeline
+from tests.scripted import ScriptedPipeline
 
 RECORDER = Path(__file__).parent / "recorder.js"
 
@@ -63,12 +63,12 @@ class Site:
         self.demo.close(verbose=False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_site(browser, tmp_path_factory) -> Iterator[Site]:
     # The server runs without ffmpeg and ffprobe on PATH, and so does everything below. (The browser is up already.)
     path = os.environ["PATH"]
     os.environ["PATH"] = str(tmp_path_factory.mktemp("empty"))
-    site = Site(ScriptedPipeline(vocabulary=sorted({*WORDS, "volcano"} - {"volcano"})))
+    site = Site(ScriptedPipeline())
     yield site
     site.close()
     os.environ["PATH"] = path
