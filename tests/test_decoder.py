@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
 from pipeline.errors import InvalidRequest, WeightsError
 from pipeline.taehv import TAEHV
+from pipeline.wan_layers import speed_up
 
 CHANNELS = 4
 TOLERANCE = 2e-5  # RMS norms over few channels amplify rounding; the golden cases hold the tight tolerance
@@ -130,6 +133,20 @@ def test_half_precision_is_close(kind: str, vae: AutoencoderKLWan, taehv: TAEHV,
     assert (frames.float() - exact).abs().max() < 0.05
 
 
+def test_faster_layers_change_nothing_but_rounding(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    faster = copy.deepcopy(vae)
+    speed_up(faster)
+    frames = torch.rand(2, 9, 3, 24, 32)
+    assert close(
+        WanStreamDecoder(faster).decode(latents(4, batch=2)),
+        WanStreamDecoder(vae).decode(latents(4, batch=2)),
+    )
+    assert close(encode_wan(faster, frames), encode_wan(vae, frames))
+    faster.save_pretrained(tmp_path)
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path)
+    assert torch.equal(WanStreamDecoder(loaded).decode(latents(2)), WanStreamDecoder(vae).decode(latents(2)))
+
+
 def test_wan_equals_diffusers(vae: AutoencoderKLWan) -> None:
     clip = latents(4)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
@@ -227,7 +244,7 @@ def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
         TAEHV.from_published({**weights, "decoder.3.conv.2.bias": torch.zeros(5)})
 
 
-def test_taehv_folder_round_trip(taehv: TAEHV, tmp_path: object) -> None:
+def test_taehv_folder_round_trip(taehv: TAEHV, tmp_path: Path) -> None:
     taehv.save_pretrained(tmp_path)
     loaded = TAEHV.from_pretrained(tmp_path)
     assert torch.equal(

@@ -205,6 +205,9 @@ class TaehvCodec:
     def __init__(self, module: TAEHV) -> None:
         self.module = module
         self.first_group = module.temporal_scale
+        for layer in module.encoder:  # torch's default would shrink the signal tenfold on its way
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         for layer in module.modules():
             if isinstance(layer, MemBlock):
                 _zero(layer.conv[-1])

@@ -1,0 +1,48 @@
+"""Two layers of the Wan VAE in a form that a CPU runs several times faster, with the same result to rounding.
+
+torch gives a float32 3-D convolution over a single small clip to a slow path (it chooses by the tensor's size), and
+the norm as diffusers writes it reads its input a dozen times. A block of the embedded model decodes in a fifth of
+the time with both replaced. On other devices and in other dtypes nothing changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
+from torch import Tensor
+
+__all__ = ["speed_up"]
+
+
+def speed_up(vae: AutoencoderKLWan) -> None:
+    """Exchange the classes of the VAE's convolutions and norms; weights, names and config stay as they are."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in vae.modules():
+        if type(module) is WanCausalConv3d:
+            module.__class__ = _CausalConv3d
+        elif type(module) is WanRMS_norm and module.channel_first:
+            module.__class__ = _RMSNorm
+
+
+def _applies(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _CausalConv3d(WanCausalConv3d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _applies(input):
+            return super()._conv_forward(input, weight, bias)
+        return torch.mkldnn_convolution(
+            input, weight, bias, self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+class _RMSNorm(WanRMS_norm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _applies(x):
+            return super().forward(x)
+        power = (x * x).sum(1, keepdim=True)
+        normed = x * power.clamp_min_(1e-24).rsqrt_().mul_(self.scale) * self.gamma
+        return normed + self.bias if isinstance(self.bias, Tensor) else normed
