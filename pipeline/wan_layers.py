@@ -1,8 +1,8 @@
 """Two layers of the Wan VAE in a form that a CPU runs several times faster, with the same result to rounding.
 
-torch gives a float32 3-D convolution over a single small clip to a slow path (it chooses by the tensor's size), and
-the norm as diffusers writes it reads its input a dozen times. A block of the embedded model decodes in a fifth of
-the time with both replaced. On other devices and in other dtypes nothing changes.
+torch gives a float32 3-D convolution over a single small clip to a slow path (it chooses by the tensor's
+size), and the norm as diffusers writes it reads its input a dozen times. A block of the embedded model
+decodes in a fifth of the time with both replaced. On other devices and in other dtypes nothing changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ __all__ = ["speed_up"]
 
 
 def speed_up(vae: AutoencoderKLWan) -> None:
-    """Exchange the classes of the VAE's convolutions and norms; weights, names and config stay as they are."""
+    """Exchange the classes of the VAE's convolutions and norms; weights, names and config stay as they
+    are."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in vae.modules():

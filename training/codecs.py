@@ -157,8 +157,8 @@ class WanCodec:
             conv.weight[:after, :width] = grow.weight
             conv.bias[:after] = 0
             width = after
-        # The last norm divides by the length of the features. A large constant beside small colours makes that
-        # length nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
+        # The last norm divides by the length of the features. A large constant beside small colours makes it
+        # nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
         constant = 4.0
         conv.weight[width:] = 0
         conv.weight[width : 2 * width] = -conv.weight[:width]
