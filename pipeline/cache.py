@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from pipeline.attention import attention
-from pipeline.rotary import RotaryPositions, apply_rotary
+from pipeline.rotary import RotaryPositions, Rotation, apply_rotary
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ class KVCache:
     def reset(self, first_position: int = 0) -> None:
         """Forget everything. `first_position` is the rotary position of the run's first frame."""
         self._first_position = first_position
+        self._rotation: tuple[range, Rotation] | None = None
         self.start_frame = 0
         """Frame number, within the run, of the current block's first frame."""
         self.current_frames = 0
@@ -230,6 +231,13 @@ class KVCache:
             raise ValueError(f"the model was called on {num_frames} frames, but the cache expects {expected}")
         start = self._first_position + self.start_frame - self._merging
         return range(start, start + num_frames)
+
+    def rotation(self, num_frames: int) -> Rotation:
+        """Rotation of the next call's tokens. All calls on a block share it: it crosses to the device once."""
+        positions = self.positions(num_frames)
+        if self._rotation is None or self._rotation[0] != positions:
+            self._rotation = positions, self._rotary(positions, self._device)
+        return self._rotation[1]
 
     def end_call(self) -> None:
         """Told by the model when all layers are done."""

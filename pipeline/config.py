@@ -9,13 +9,14 @@ from __future__ import annotations
 import html
 import math
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import ftfy
 
-from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
 
 MAX_PROMPT_CHARS = 2000
 MAX_SEED = 2**32 - 1
@@ -52,39 +53,61 @@ class ModelSpec:
     temporal_stride: int = 4
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise WeightsError(f"The model's settings in model_index.json cannot work: {problem}.")
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong, one sentence part at a time; later checks rely on the earlier ones."""
+        for name in ("height", "width", "frames_per_block", "text_len", "spatial_stride", "temporal_stride"):
+            if not _is_whole(getattr(self, name), low=1):
+                yield f"{name} is {_shown(getattr(self, name))}, but must be a whole number of at least 1"
+        for name in ("window_frames", "sink_frames"):
+            if not _is_whole(getattr(self, name), low=0):
+                yield f"{name} is {_shown(getattr(self, name))}, but must be a whole number of at least 0"
+        for name, low, high in (
+            ("fps", *FPS_RANGE),
+            ("native_fps", *FPS_RANGE),
+            ("shift", 1e-3, 1e3),
+            ("context_noise", 0.0, 999.0),
+        ):
+            if not _is_number(getattr(self, name), low, high):
+                yield f"{name} is {_shown(getattr(self, name))}, but must be a number from {low:g} to {high:g}"
+        steps = self.denoising_steps
+        if not isinstance(steps, tuple) or not steps or not all(_is_number(step, 1, 1000) for step in steps):
+            yield f"denoising_steps is {_shown(steps)}, but must be a list of numbers from 1 to 1000"
+        if list(steps) != sorted(set(steps), reverse=True):
+            yield f"denoising_steps is {_shown(steps)}, but must fall from step to step"
+        if self.positions not in ("relative", "absolute"):
+            yield f"positions is {_shown(self.positions)}, but must be 'relative' or 'absolute'"
+        if self.height % self.spatial_stride or self.width % self.spatial_stride:
+            yield f"height {self.height} and width {self.width} are not multiples of {self.spatial_stride}"
+        if self.sink_frames % self.frames_per_block or self.window_frames % self.frames_per_block:
+            yield (
+                f"window_frames {self.window_frames} and sink_frames {self.sink_frames} are not multiples of "
+                f"frames_per_block {self.frames_per_block}"
+            )
         recent = self.window_frames - self.sink_frames - self.frames_per_block
-        rules = (
-            (self.frames_per_block >= 1, f"frames_per_block is {self.frames_per_block}, but must be at least 1"),
-            (
-                self.sink_frames % self.frames_per_block == 0 and self.window_frames % self.frames_per_block == 0,
-                f"window_frames {self.window_frames} and sink_frames {self.sink_frames} must be multiples of "
-                f"frames_per_block {self.frames_per_block}",
-            ),
-            (
-                recent >= self.frames_per_block,
+        if recent < self.frames_per_block:
+            yield (
                 f"window_frames {self.window_frames} leaves {recent} recent frames beside {self.sink_frames} sink "
-                f"frames and the current block: it must leave at least one block of {self.frames_per_block}",
-            ),
-            (len(self.denoising_steps) >= 1, "denoising_steps is empty"),
-            (
-                self.height % self.spatial_stride == 0 and self.width % self.spatial_stride == 0,
-                f"height {self.height} and width {self.width} must be multiples of {self.spatial_stride}",
-            ),
-        )
-        for holds, problem in rules:
-            if not holds:
-                raise WeightsError(f"The model's configuration cannot work: {problem}.")
+                f"frames and the current block, but must leave at least one block of {self.frames_per_block}"
+            )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ModelSpec:
-        """Read the spec out of a `model_index.json`; a missing field or an unknown `spec` entry is an error."""
+    def from_config(cls, config: Any) -> ModelSpec:
+        """Read the spec out of the settings in a `model_index.json`.
+
+        Raises:
+            WeightsError: naming what is missing, unknown or impossible.
+        """
+        if not isinstance(config, dict):
+            raise WeightsError(f"The settings in model_index.json are {_shown(config)}, but must be an object.")
         values = dict(config)
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise WeightsError(f"model_index.json has unknown settings {', '.join(unknown)}.")
-        if "denoising_steps" in values:
-            values["denoising_steps"] = tuple(float(step) for step in values["denoising_steps"])
+        if isinstance(values.get("denoising_steps"), list):
+            values["denoising_steps"] = tuple(values["denoising_steps"])
         try:
             return cls(**values)
         except TypeError as error:
@@ -169,12 +192,34 @@ def checked_seed(value: Any) -> int:
 
 
 def checked_number(name: str, value: Any, low: float, high: float) -> float:
-    # `low <= nan` is false, so NaN falls out here without a case of its own.
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if not _is_number(value, low, high):
         raise InvalidRequest(f"{name} is {_shown(value)}, but must be a number from {low:g} to {high:g}.")
     return float(value)
 
 
+def check_available(request: GenerationRequest, reasons: dict[str, str]) -> None:
+    """Refuse a request for an option that cannot work here; `reasons` says why, by option.
+
+    Raises:
+        OptionUnavailable: with the reason.
+    """
+    for option, reason in reasons.items():
+        if getattr(request, option, False):
+            raise OptionUnavailable(reason)
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    # `low <= nan` is false, so NaN falls out here without a case of its own.
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python is willing to print
+        return f"a very large {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."

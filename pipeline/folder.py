@@ -99,7 +99,9 @@ class ModelFolder:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                self._folder / "tokenizer", local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(
                 f"The tokenizer in {self._name}/tokenizer is missing or damaged. Get the model folder again."

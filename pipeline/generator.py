@@ -14,12 +14,13 @@ from diffusers import AutoencoderKLWan
 
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
-from pipeline.config import GenerationRequest, ModelSpec
+from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.folder import ModelFolder
-from pipeline.options import TransformerOptions, check_available, unavailable_options
+from pipeline.options import TransformerOptions, compile_failure, unavailable_options
+from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
@@ -101,14 +102,14 @@ class SelfForcingPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self._transformer.transformer.device
+        return self._transformer.device
 
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
         check_available(request, self.unavailable_options())
         fps = request.fps if request.fps is not None else self.spec.fps
         num_blocks = self.spec.blocks_for(request.seconds, fps)
-        dtype = str(self._transformer.transformer.dtype).removeprefix("torch.")
+        dtype = str(self._transformer.dtype).removeprefix("torch.")
         return RunInfo(
             request=request,
             seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
@@ -119,7 +120,8 @@ class SelfForcingPipeline:
                 "device": self.device.type,
                 "precision": f"float8 weights, {dtype} arithmetic" if request.fp8 else dtype,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
-                "compile": "on" if request.compile else "off",
+                # Casting weights inside a block interrupts its graph: both together work, in more and smaller pieces.
+                "compile": ("in pieces, because of FP8" if request.fp8 else "on") if request.compile else "off",
             },
             model=self.spec.name,
             weights_sha256=self.weights_sha256,
@@ -154,7 +156,12 @@ class SelfForcingPipeline:
         shown = 0
         for index in range(run.num_blocks):
             start = time.perf_counter()
-            latents = self._denoise(model, text_kv, cache, run.seed, index, shape, finished)
+            try:
+                latents = self._denoise(model, text_kv, cache, run.seed, index, shape, finished)
+            except Exception as error:
+                if told := compile_failure(error):
+                    raise told from error
+                raise
             if not torch.isfinite(latents).all():
                 raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
             denoised = time.perf_counter()
@@ -226,7 +233,7 @@ class SelfForcingPipeline:
             return model(latents, times, text_kv, cache=cache)
 
         def noise(step: int) -> torch.Tensor:
-            return block_noise(seed, index, step, shape).to(model.device, model.dtype)
+            return to_device(block_noise(seed, index, step, shape), model.device).to(model.dtype)
 
         *_, latents = denoise_block(predict_flow, noise, self._steps)
         return latents

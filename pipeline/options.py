@@ -7,14 +7,17 @@ reuses it for all.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from pipeline.config import GenerationRequest
 from pipeline.errors import OptionUnavailable
 from pipeline.transformer import CausalWanTransformer3DModel
 
@@ -31,25 +34,33 @@ class TransformerOptions:
 
     def __init__(self, load: Callable[[], CausalWanTransformer3DModel]) -> None:
         self._load = load
-        self.transformer = load()
+        self._transformer: CausalWanTransformer3DModel | None = load()
+        self.device = self._transformer.device
+        self.dtype = self._transformer.dtype
+        """Of the arithmetic, whatever the weights are stored in."""
         self.fp8 = False
         self.compiled = False
 
     def apply(self, *, fp8: bool, compile: bool) -> CausalWanTransformer3DModel:
         """The transformer as asked for; the same object as before if nothing changes."""
         if self.fp8 and not fp8:
-            self.transformer = self._load()
+            # The old weights go first: on a card that the model just fits, there is no room for both.
+            self._transformer = None
+            gc.collect()
+        if self._transformer is None:
+            self._transformer = self._load()
             self.fp8 = self.compiled = False
         if fp8 and not self.fp8:
-            dtype = self.transformer.dtype
-            self.transformer.enable_layerwise_casting(storage_dtype=FP8_STORAGE, compute_dtype=dtype)
+            self._transformer.enable_layerwise_casting(storage_dtype=FP8_STORAGE, compute_dtype=self.dtype)
             self.fp8 = True
         if compile != self.compiled:
-            for block in self.transformer.blocks:
-                # `Module.compile` has no counterpart; this attribute is all that it sets.
-                block.compile(dynamic=None) if compile else setattr(block, "_compiled_call_impl", None)
+            for block in self._transformer.blocks:
+                if compile:
+                    block.compile()
+                else:
+                    block._compiled_call_impl = None  # `Module.compile` has no counterpart; this is all that it sets
             self.compiled = compile
-        return self.transformer
+        return self._transformer
 
 
 def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]:
@@ -57,16 +68,27 @@ def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]
     reasons = {}
     if not has_taehv:
         reasons["taehv"] = "This model folder has no TAEHV decoder."
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            reasons["compile"] = "torch.compile needs the package triton here. Install it with pip install triton."
-    elif not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")):
-        reasons["compile"] = "torch.compile needs a C++ compiler. Install g++ (Debian: apt install g++) and restart."
+    if missing := _missing_for_compile(device):
+        reasons["compile"] = f"torch.compile needs {missing} on this machine. Install it and restart."
     return reasons
 
 
-def check_available(request: GenerationRequest, reasons: dict[str, str]) -> None:
-    """Refuse a request that asks for something that cannot work, before the model is touched."""
-    for option, reason in reasons.items():
-        if getattr(request, option):
-            raise OptionUnavailable(reason)
+def _missing_for_compile(device: torch.device) -> str | None:
+    """What torch's compiler lacks here. On Windows it wants Microsoft's, elsewhere any; both link against Python."""
+    compilers = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++", "gcc", "clang", "cc")
+    chosen = os.environ.get("CXX") or os.environ.get("CC")
+    if not any(shutil.which(name) for name in ((chosen, *compilers) if chosen else compilers)):
+        return "Visual C++" if sys.platform == "win32" else "a C++ compiler (Debian: g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's header files (Debian: python3-dev)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    return None
+
+
+def compile_failure(error: Exception) -> OptionUnavailable | None:
+    """What to tell the user if `error` comes from the compiler and not from the model."""
+    module = type(error).__module__
+    if module.startswith(("torch._dynamo", "torch._inductor")):
+        return OptionUnavailable("torch.compile failed on this machine. Switch it off; the next run works without it.")
+    return None

@@ -81,4 +81,11 @@ def _frequencies(channels: int, theta: float) -> torch.Tensor:
 
 
 def _rotation(angles: torch.Tensor, device: torch.device | str) -> Rotation:
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return to_device(angles.cos().float(), device), to_device(angles.sin().float(), device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Send a small CPU tensor to a device. To a GPU it goes from pinned memory, without waiting for the queue there."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -26,19 +26,16 @@ class FlowSchedule:
 
     Args:
         shift: > 1 spends more of the range on high noise.
-        num_levels: rows of the table.
-        extra_step: take `num_levels` + 1 points down to zero and drop the zero, as the authors' tables do.
+        num_levels: rows of the table. The zero that would follow the last one is left out, as in the authors' tables.
     """
 
     shift: float
     num_levels: int = TRAIN_STEPS
-    extra_step: bool = True
 
     @cached_property
     def sigmas(self) -> torch.Tensor:
         """float32 [num_levels]."""
-        points = self.num_levels + 1 if self.extra_step else self.num_levels
-        u = torch.linspace(1.0, 0.0, points)[: self.num_levels]
+        u = torch.linspace(1.0, 0.0, self.num_levels + 1)[:-1]
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     @cached_property
@@ -69,8 +66,11 @@ class FlowSchedule:
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(1 - sigma) * clean + sigma * noise, with sigma float32 and broadcastable; returned in noise's dtype."""
-    return ((1 - sigma) * clean + sigma * noise).to(noise.dtype)
+    """(1 - sigma) * clean + sigma * noise, in float32 whatever the inputs are; returned in noise's dtype.
+
+    The conversion is explicit because a zero-dimensional sigma would not lift half-precision inputs by itself.
+    """
+    return ((1 - sigma) * clean.float() + sigma * noise.float()).to(noise.dtype)
 
 
 def flow_to_clean(flow: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -68,9 +67,19 @@ class TextEncoder:
         return frozenset(word for word in backend.get_vocab(with_added_tokens=False) if word.isalpha())
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the model has never seen and ignores, in order, each once."""
+        """Words of the prompt that a small model ignores, in order, each once.
+
+        Those are the words it has never seen, and those behind the last one that it has room for.
+        """
         vocabulary = self.vocabulary
         if not vocabulary:
             return []
-        words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", clean_prompt(prompt).lower())
-        return [word for word in dict.fromkeys(words) if word not in vocabulary]
+        backend = self.tokenizer.backend_tokenizer
+        text = clean_prompt(prompt)
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        room = self.text_len - backend.num_special_tokens_to_add(is_pair=False)
+        read = vocabulary.intersection(pieces[:room])
+        words = (piece for piece in pieces if any(character.isalnum() for character in piece))
+        return [word for word in dict.fromkeys(words) if word not in read]

@@ -169,10 +169,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         batch, frames, _, height, width = latents.shape
         rows, columns = self.token_grid(height, width)
         if cache is not None:
-            positions = cache.positions(frames)
-        elif positions is None:
-            positions = range(frames)
-        rotation = self.rotary(height, width)(positions, latents.device)
+            rotation = cache.rotation(frames)
+        else:
+            rotation = self.rotary(height, width)(positions or range(frames), latents.device)
 
         time_embedding, time_modulation = self.embed_time(timestep)
         hidden = self._patchify(latents, rows, columns)

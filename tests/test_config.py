@@ -60,6 +60,11 @@ def test_seed_is_refused(value: Any) -> None:
         GenerationRequest(prompt="x", seed=value)
 
 
+def test_a_number_too_long_to_print_is_refused_too() -> None:
+    with pytest.raises(InvalidRequest, match="seed is a very large int"):
+        GenerationRequest(prompt="x", seed=10**5000)
+
+
 @pytest.mark.parametrize("value", [*BAD_NUMBERS, 0.0999, 600.1, 0])
 def test_seconds_are_refused(value: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"seconds is .* but must be a number from 0\.1 to 600"):

@@ -13,6 +13,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import InternalTorchDynamoError
+from torch._dynamo.utils import counters
 
 import pipeline as package
 from pipeline import GenerationRequest, SelfForcingPipeline
@@ -26,7 +28,8 @@ from pipeline.errors import (
     SelfForcingError,
     WeightsError,
 )
-from tests.small import write_model_folder
+from pipeline.folder import index_entries
+from tests.small import SMALL_SETTINGS, write_model_folder
 
 PROMPT = "a red balloon rises over the mountains"
 
@@ -128,9 +131,30 @@ def test_options_act_on_the_next_run_and_can_be_switched_back(pipe: SelfForcingP
     fp8 = pipe.generate(request(fp8=True))
     assert not np.array_equal(fp8.frames, plain)
     assert fp8.run.applied["precision"] == "float8 weights, float32 arithmetic"
-    stored = {p.dtype for name, p in pipe._transformer.transformer.named_parameters() if "attn1.to_q.weight" in name}
+    stored = {p.dtype for name, p in pipe._transformer._transformer.named_parameters() if "attn1.to_q.weight" in name}
     assert stored == {torch.float8_e4m3fn}
     assert np.array_equal(frames(pipe), plain)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compile_can_be_switched_on_and_off(pipe: SelfForcingPipeline) -> None:
+    plain, long = frames(pipe, seconds=5), frames(pipe, seconds=9)
+    compiled = pipe.generate(request(seconds=5, compile=True))
+    assert compiled.run.applied["compile"] == "on"
+    assert np.abs(compiled.frames.astype(int) - plain).max() <= 1
+    graphs = counters["stats"]["unique_graphs"]
+    assert np.abs(frames(pipe, seconds=9, compile=True).astype(int) - long).max() <= 1
+    assert counters["stats"]["unique_graphs"] == graphs  # a longer video compiles nothing new
+    assert np.array_equal(frames(pipe, seconds=5), plain)
+
+
+def test_a_compiler_that_fails_is_said(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise InternalTorchDynamoError("no")
+
+    monkeypatch.setattr(type(pipe), "_denoise", fail)
+    with pytest.raises(OptionUnavailable, match=r"torch\.compile failed"):
+        next(pipe.stream(request()))
 
 
 def test_option_that_cannot_work_is_refused(tmp_path: Path) -> None:
@@ -144,12 +168,14 @@ def test_option_that_cannot_work_is_refused(tmp_path: Path) -> None:
 def test_compile_needs_a_compiler(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert "compiler" in pipe.unavailable_options()["compile"]
-    with pytest.raises(OptionUnavailable, match="C\\+\\+ compiler"):
+    with pytest.raises(OptionUnavailable, match=r"C\+\+ compiler"):
         next(pipe.stream(request(compile=True)))
 
 
 def test_words(pipe: SelfForcingPipeline) -> None:
-    assert pipe.unknown_words("A RED zebra, a well-known blue Zebra & café") == ["zebra", "well-known", "café"]
+    assert pipe.unknown_words("A RED zebra, blue-red Zebra") == ["zebra"]
+    assert pipe.unknown_words("the balloon's café & 3") == ["s", "café", "3"]
+    assert pipe.unknown_words("a car over the red blue mountains rises a red balloon") == ["rises", "balloon"]
     assert pipe.known_words() == sorted(["a", "balloon", "blue", "car", "mountains", "over", "red", "rises", "the"])
 
 
@@ -172,7 +198,7 @@ def drive(pipe: SelfForcingPipeline, control: RunControl, **changes: Any) -> Ite
 def test_cancel_is_seen_at_every_denoising_step(pipe: SelfForcingPipeline, calls: int) -> None:
     expected = frames(pipe)
     control = RunControl()
-    transformer = pipe._transformer.transformer
+    transformer = pipe._transformer._transformer
     made = 0
 
     def count(*_: Any) -> None:
@@ -222,7 +248,7 @@ def test_invalid_numbers_are_named_where_they_begin(
             flow[0, -1, 0, 0, 0] = value
         return flow
 
-    hook = pipe._transformer.transformer.register_forward_hook(spoil)
+    hook = pipe._transformer._transformer.register_forward_hook(spoil)
     with pytest.raises(NonFiniteOutput, match=f"block {block}"):
         frames(pipe)
     hook.remove()
@@ -246,6 +272,29 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     (spoiled / "model_index.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):
         SelfForcingPipeline.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"frames_per_block": 0}, "frames_per_block is 0"),
+        ({"denoising_steps": ["a"]}, "denoising_steps is"),
+        ({"denoising_steps": 5}, "denoising_steps is 5"),
+        ({"denoising_steps": [1500, 750]}, "numbers from 1 to 1000"),
+        ({"denoising_steps": [250, 500]}, "must fall from step to step"),
+        ({"fps": "16"}, "fps is '16'"),
+        ({"shift": 0}, "shift is 0"),
+        ({"window_frames": 7}, "not multiples of"),
+        ({"positions": "other"}, "positions is 'other'"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = {**index_entries(), "settings": SMALL_SETTINGS | settings}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=said):
+        SelfForcingPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

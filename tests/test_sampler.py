@@ -53,6 +53,14 @@ def test_conversions_are_inverse() -> None:
     torch.testing.assert_close(clean_to_flow(clean, noisy, sigma), flow, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_noised_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    clean, noise = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    sigma = torch.tensor(0.8333333)
+    exact = (1 - sigma) * clean.float() + sigma * noise.float()
+    assert torch.equal(add_noise(clean, noise, sigma), exact.to(dtype))
+
+
 @pytest.mark.parametrize("exit_step", [None, 0, 2])
 def test_denoise_block_visits_each_step_once(exit_step: int | None) -> None:
     steps = DenoisingSteps.from_schedule(FlowSchedule(5.0), STEPS)

@@ -151,7 +151,7 @@ class WindowSampler:
 
 
 def noise_levels(batch: int, blocks: int, shift: float) -> torch.Tensor:
-    """Noise levels [batch, blocks] in 0..1 on the CPU, evenly spread over the batch for each block, then shifted towards noise."""
+    """Noise levels [batch, blocks] in 0..1, on the CPU: evenly spread over the batch, then shifted towards noise."""
     order = torch.stack([torch.randperm(batch) for _ in range(blocks)], dim=1)
     return shifted_time((order + torch.rand(batch, blocks)) / batch, shift)
 
@@ -226,7 +226,7 @@ class BaseStage:
         lengths = (1, config.block_frames, config.block_frames * config.window_blocks)
         losses: dict[int, float] = {}
         saved = reported = self.clock.spent
-        began = time.monotonic()
+        began, first_step = time.monotonic(), self.step
         while (progress := self.clock.progress()) < 1:
             frames = int(arrangement.choice(lengths, p=config.shares(progress)))
             loss, plain = diffusion_forcing_loss(self.worker, sampler.draw(frames).to(self.device), config, progress)
@@ -236,7 +236,7 @@ class BaseStage:
             if self.rank == 0 and self.clock.spent - reported > 0.5:
                 reported = self.clock.spent
                 shown = " ".join(f"{length}: {value:.4f}" for length, value in sorted(losses.items()))
-                rate = (time.monotonic() - began) / max(1, self.step)
+                rate = (time.monotonic() - began) / max(1, self.step - first_step)
                 logger.info(
                     "step %d  %.1f of %.0f min  loss %s  %.2f s", self.step, reported, config.minutes, shown, rate
                 )

@@ -284,7 +284,19 @@ def stage(rank: int, config: DMDConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.dmd", description=__doc__.splitlines()[0])
     defaults = DMDConfig()
-    for name in ("minutes", "text", "init", "out", "processes", "device", "seed", "batch", "guidance", "rate", "critic_rate"):
+    for name in (
+        "minutes",
+        "text",
+        "init",
+        "out",
+        "processes",
+        "device",
+        "seed",
+        "batch",
+        "guidance",
+        "rate",
+        "critic_rate",
+    ):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(argv)

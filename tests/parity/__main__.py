@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in options.files:
         try:
             rows = check_file(path)
+            if not rows:
+                raise ValueError("the file holds nothing that could be compared")
         except Exception as error:  # noqa: BLE001 - a case that cannot be run has failed, whatever the reason
             print(f"{path.stem}: FAIL, {type(error).__name__}: {error}")
             failed += 1
