@@ -51,6 +51,7 @@ class Server:
         return next(index for index, fn in self.demo.fns.items() if fn.api_name == name)
 
     def join(self, *data, session: str, name: str = "generate") -> httpx.Response:
+        data = [*data, None]  # no ticket: nothing was announced
         body = json.dumps({"data": data, "fn_index": self.fn_index(name), "session_hash": session})
         return self.http.post("/queue/join", content=body, headers={"content-type": "application/json"})
 
@@ -439,14 +440,41 @@ def test_status_escapes_everything() -> None:
 
 def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:
     sessions = Sessions()
-    assert sessions.expect("a") == 0 and sessions.expect("b") == 1
-    ticket = sessions.begin("b")
+    (first, none_ahead), (second, one_ahead) = sessions.expect("a"), sessions.expect("b")
+    assert (none_ahead, one_ahead) == (0, 1)
+    ticket = sessions.begin("b", second)
     assert sessions.stop("a") == "waiting" and not ticket.stopped
-    assert sessions.begin("a").stopped, "the run that waited"
+    assert sessions.begin("a", first).stopped, "the run that waited"
     assert not sessions.begin("a").stopped, "a new one"
     assert sessions.stop("b") == "running" and ticket.stopped and sessions.stop("b") == "none"
     sessions.end("b", ticket)
     assert not sessions.busy("b") and sessions.busy("a")
+
+
+def test_a_click_whose_run_never_comes_spoils_no_later_one() -> None:
+    sessions = Sessions()
+    lost, _ = sessions.expect("a")  # the queue was full, or the connection gone
+    assert sessions.stop("a") == "waiting"
+    following, ahead = sessions.expect("a")
+    assert ahead == 0, "a stopped run is in nobody's way"
+    ticket = sessions.begin("a", following)
+    assert not ticket.stopped
+    assert sessions.begin("a", lost).stopped, "it came after all"
+    sessions.end("a", ticket, announced=True)
+
+
+def test_a_click_that_comes_to_nothing_is_dropped_and_a_later_one_is_not() -> None:
+    sessions = Sessions()
+    lost, _ = sessions.expect("a")
+    sessions.settle("a", lost)
+    assert not sessions.busy("a") and sessions.expect("b")[1] == 0
+    first, _ = sessions.expect("a")
+    ticket = sessions.begin("a", first)
+    sessions.stop("a")
+    second, _ = sessions.expect("a")
+    sessions.end("a", ticket, announced=True)
+    sessions.settle("a", second)  # of the first one's end; the page shows the second one's ticket by now
+    assert sessions.busy("a") and not sessions.begin("a", second).stopped
 
 
 # ---- the program

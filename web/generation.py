@@ -68,12 +68,12 @@ class Generator:
                 raise OptionUnavailable(reason)
         return request
 
-    def run(self, request: GenerationRequest, session: str) -> Iterator[Update]:
-        """Make one video, yielding what changes on the page.
+    def run(self, request: GenerationRequest, session: str, ticket_id: str | None = None) -> Iterator[Update]:
+        """Make one video, yielding what changes on the page. `ticket_id` is that of `Sessions.expect`, if it was asked.
 
         A run that fails half-way still yields the file of what was made, then raises.
         """
-        ticket = self.sessions.begin(session)
+        ticket = self.sessions.begin(session, ticket_id)
         try:
             if ticket.stopped:  # while it stood in the queue
                 yield gr.skip(), gr.skip(), gr.skip()
@@ -85,7 +85,7 @@ class Generator:
                 ticket.attach(run)
                 yield from self._show(run, ticket)
         finally:
-            self.sessions.end(session, ticket)
+            self.sessions.end(session, ticket, announced=bool(ticket_id))
 
     def _show(self, run: Run, ticket: Ticket) -> Iterator[Update]:
         request = run.request

@@ -129,6 +129,9 @@ class Page:
                     elem_id="status",
                     padding=False,
                 )
+                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event begins
+                # and by then may hold a later click's; this travels with the event. API clients do not see it.
+                self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
                 self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
 
     def _lay_out_settings(self) -> None:
@@ -169,13 +172,13 @@ class Page:
         generating = self.generate.click(
             self._begin,
             inputs,
-            [self.status, self.download, *buttons],
+            [self.ticket, self.status, self.download, *buttons],
             trigger_mode="multiple",
             # In the queue, though it never waits there: the page shows no errors of events outside of it.
             **{**quiet, "queue": True, "concurrency_limit": None},
         ).success(
             self._generate,
-            inputs,
+            [*inputs, self.ticket],
             [self.video, self.status, self.download],
             api_name="generate",
             concurrency_limit=1,
@@ -184,7 +187,7 @@ class Page:
             # The usual progress display would lay an opaque layer over the playing video at every update.
             show_progress="hidden",
         )
-        generating.then(self._end, [self.download], [self.download, *buttons], **quiet)
+        generating.then(self._end, [self.download, self.ticket], [self.download, *buttons], **quiet)
         generating.then(None, [self.video], [self.video], js=_ASK_ONCE_MORE, **quiet)
         self.stop.click(
             self._stop, None, [self.status, *buttons], **{**quiet, "api_visibility": "public"}, api_name="stop"
@@ -195,8 +198,8 @@ class Page:
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> tuple[Any, ...]:
         # Bad input is refused here, before it stands in a queue.
         self._request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        ahead = self.generator.sessions.expect(_session(request))
-        return status.waiting(ahead), gr.update(value=None, interactive=False), *_buttons(running=True)
+        ticket, ahead = self.generator.sessions.expect(_session(request))
+        return ticket, status.waiting(ahead), gr.update(value=None, interactive=False), *_buttons(running=True)
 
     def _generate(
         self,
@@ -207,11 +210,12 @@ class Page:
         taehv: bool = False,
         fp8: bool = False,
         compile: bool = False,
+        ticket: str | None = None,
         request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
     ) -> Iterator[Update]:
         """Make a video. Streams it while it is made, with a status in HTML; the last value is the MP4 file."""
         checked = self._request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        yield from self.generator.run(checked, _session(request))
+        yield from self.generator.run(checked, _session(request), ticket)
 
     def _request(self, prompt, seed, fps, seconds, taehv, fp8, compile) -> Any:
         try:
@@ -221,7 +225,8 @@ class Page:
         except SelfForcingError as error:
             raise gr.Error(str(error), title="This cannot be made", print_exception=False) from error
 
-    def _end(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def _end(self, file: str | None, ticket: str | None, request: gr.Request) -> tuple[Any, ...]:
+        self.generator.sessions.settle(_session(request), ticket)
         running = self.generator.sessions.busy(_session(request))
         return gr.update(interactive=file is not None), *_buttons(running=running)
 
