@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         argv: Arguments without the program's name; default: those of this process.
         load: Loads the model. Tests pass one that needs no weights.
     """
-    worker = None
+    worker, verbose = None, False
     try:
         options = parse(argv)
+        verbose = options.verbose
         quiet_libraries(options.verbose)
         request = read_request(options)
         output = read_output(options, request)
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         say(str(error))
         return EXIT_BAD_INPUT
     except SelfForcingError as error:
-        say(str(error))
+        # There is no log to look into, only what --verbose would have shown.
+        unexpected = error.__cause__ is not None and not isinstance(error.__cause__, SelfForcingError)
+        say(f"{error} Run again with --verbose to see why." if unexpected and not verbose else str(error))
         return EXIT_FAILED
     finally:
         if worker is not None:
@@ -174,15 +177,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"length of the video, {low:g} to {high:g}, rounded to whole blocks (default: 5)",
     )
     low, high = FPS_RANGE
-    parser.add_argument(
-        "--fps", type=_number, help=f"frame rate, {low:g} to {high:g} (default: the model's own)"
-    )
-    parser.add_argument(
-        "--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer"
-    )
+    parser.add_argument("--fps", type=_number, help=f"frame rate, {low:g} to {high:g} (default: the model's own)")
+    parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer")
     parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
     parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="default: a name made from prompt and seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a sentence")
     parser.add_argument("--verbose", action="store_true", help="show warnings and the trace of an error")
@@ -221,19 +220,31 @@ def read_output(options: argparse.Namespace, request: GenerationRequest) -> Path
     """Where the video goes. Checked now, not after minutes of work."""
     output = options.output if options.output is not None else _free_name(request)
     if output.suffix.lower() != ".mp4":
-        raise InvalidRequest(f"The output {str(output)!r} must be a file name that ends in .mp4.")
-    if output.is_dir():
-        raise InvalidRequest(f"The output {str(output)!r} is a directory. Give the name of a file in it.")
-    if not output.parent.is_dir():
-        raise InvalidRequest(f"The output directory {str(output.parent)!r} does not exist. Create it first.")
+        raise InvalidRequest(f"The output {_shown(output)} must be a file name that ends in .mp4.")
+    if _is_dir(output):
+        raise InvalidRequest(f"The output {_shown(output)} is a directory. Give the name of a file in it.")
+    if not _is_dir(output.parent):
+        raise InvalidRequest(f"The output directory {_shown(output.parent)} does not exist or cannot be entered. Create it first.")
     try:
+        output.exists()  # a name that the file system cannot take raises
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        raise InvalidRequest(
-            f"The output directory {str(output.parent)!r} cannot be written to ({error.strerror})."
-        ) from error
+        raise InvalidRequest(f"The output {_shown(output)} cannot be written there ({error.strerror}).") from error
     return output
+
+
+def _is_dir(path: Path) -> bool:
+    """`Path.is_dir`, for a path that may be too long or out of bounds as well: that raises until Python 3.14."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _free_name(request: GenerationRequest) -> Path:
@@ -245,16 +256,22 @@ def _free_name(request: GenerationRequest) -> Path:
 
 def check_model_folder(folder: Path) -> Path:
     """Refuse a folder that is no model before torch is imported to find that out."""
-    if not folder.is_dir():
-        raise WeightsError(f"There is no model folder {str(folder)!r}. Pass an existing one with --model.")
-    if not (folder / "model_index.json").is_file():
-        raise WeightsError(f"{str(folder)!r} is not a model folder: it has no model_index.json.")
+    if not _is_dir(folder):
+        raise WeightsError(f"There is no model folder {_shown(folder)}. Pass an existing one with --model.")
+    try:
+        found = (folder / "model_index.json").is_file()
+    except OSError as error:
+        raise WeightsError(f"The model folder {_shown(folder)} cannot be read ({error.strerror}).") from error
+    if not found:
+        raise WeightsError(f"{_shown(folder)} is not a model folder: it has no model_index.json.")
     return folder
 
 
 def check_device_name(name: str | None) -> str | None:
-    if name is not None and not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d{1,3})?)", name):
-        raise InvalidRequest(f"device is {name!r}, but must be cpu, cuda, cuda:N, xpu or mps.")
+    if name == "mps":  # parts of the arithmetic are in float64, which Apple's GPUs do not have
+        raise InvalidRequest("device is 'mps', but Apple GPUs are not supported yet. Use cpu, which works.")
+    if name is not None and not re.fullmatch(r"(cpu|(cuda|xpu)(:\d{1,3})?)", name):
+        raise InvalidRequest(f"device is {name!r}, but must be cpu, cuda, cuda:N or xpu.")
     return name
 
 
@@ -269,9 +286,8 @@ def check_device(name: str | None) -> None:
     import torch
 
     kind, _, number = name.partition(":")
-    backend = torch.backends.mps if kind == "mps" else getattr(torch, kind)
-    count = 1 if kind == "mps" else backend.device_count()
-    if not backend.is_available() or int(number or 0) >= count:
+    backend = getattr(torch, kind)
+    if not backend.is_available() or int(number or 0) >= backend.device_count():
         raise OptionUnavailable(f"There is no device {name} on this machine (or torch was built without it). Use cpu.")
 
 

@@ -28,9 +28,8 @@ import numpy as np
 
 from pipeline.errors import VideoError
 from pipeline.mp4 import count_frames
-from pipeline.recipe import read_recipe
 
-__all__ = ["Segment", "SegmentEncoder", "encoded_size", "join_segments", "read_recipe"]
+__all__ = ["Segment", "SegmentEncoder", "encoded_size", "join_segments"]
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +249,7 @@ def _ffmpeg(arguments: list[str], stdin: Sequence[bytes]) -> bytes:
     logger.error("ffmpeg ended with code %d: %s", result.returncode, message)
     if os.strerror(errno.ENOSPC) in message:
         raise _write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    raise VideoError(f"The video encoder failed (code {result.returncode}). The log says why.")
+    raise VideoError(f"The video encoder failed (code {result.returncode}).") from RuntimeError(message)
 
 
 def _write_error(error: OSError) -> VideoError:

@@ -66,7 +66,7 @@ class ModelWorker:
 
         Raises:
             TimeoutError: it is still loading after `timeout` seconds.
-            Exception: whatever loading raised.
+            SelfForcingError: it could not be loaded.
         """
         if not self._loaded.wait(timeout):
             raise TimeoutError("The model is still loading.")
@@ -142,12 +142,9 @@ class ModelWorker:
             self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
             self._load_error = error
-        except Exception as error:
-            self._load_error = error
-            logger.exception("The model could not be loaded")
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
-            self._load_error = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
             logger.exception("The model could not be loaded")
+            self._load_error = _load_failure(error)
         finally:
             self._loaded.set()
 
@@ -347,8 +344,21 @@ class _Job:
 
 
 def _is_last(block: FrameBlock) -> bool:
-    run = getattr(block, "run", None)
-    return run is not None and 0 < run.num_blocks <= block.index + 1
+    return 0 < block.run.num_blocks <= block.index + 1  # 0: nobody knows how many there will be
+
+
+def _load_failure(error: BaseException) -> SelfForcingError:
+    """What is said of an unexpected error while loading."""
+    # The trace keeps alive what was loaded so far.
+    traceback.clear_frames(error.__traceback__)
+    failure: SelfForcingError
+    if _is_out_of_memory(error):
+        free_memory()
+        failure = OutOfMemory("The device ran out of memory while the model was loaded. Close other programs.")
+    else:
+        failure = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
+    failure.__cause__ = error
+    return failure
 
 
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
@@ -363,13 +373,11 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
         if isinstance(error, OutOfMemory):
             return error
         return OutOfMemory(
-            "The device ran out of memory. Ask for a shorter video or switch FP8 or TAEHV on; the next run starts anew."
+            "The device ran out of memory. Switch FP8 or TAEHV on, or close other programs; the next run starts anew."
         )
     if expected:
         return cast(SelfForcingError, error)
-    failure = SelfForcingError(
-        f"The model failed unexpectedly ({type(error).__name__}, {job.id}). Try again; the log holds the details."
-    )
+    failure = SelfForcingError(f"The model failed unexpectedly ({type(error).__name__}, {job.id}).")
     failure.__cause__ = error
     return failure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -150,6 +151,10 @@ def test_an_existing_file_is_replaced(run, tmp_path: Path) -> None:
         (["a ball", "another"], ["another"]),
         (["a ball", "--colour", "red"], ["--colour"]),
         (["a ball", "--device", "gpu"], ["device", "gpu"]),
+        (["a ball", "--device", "mps"], ["Apple", "cpu"]),
+        (["a ball", "--output", "o" * 300 + ".mp4"], ["ooo...", "cannot be written"]),
+        (["a ball", "--output", "o" * 300 + "/out.mp4"], ["does not exist"]),
+        (["a ball", "--model", "m" * 300], ["model folder"]),
         (["a ball", "--output", "out.avi"], [".mp4"]),
         (["a ball", "--output", "missing/out.mp4"], ["missing", "does not exist"]),
         (["a ball", "--output", "/proc/out.mp4"], ["/proc", "cannot be written"]),
@@ -169,6 +174,19 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path: Path, model: Path, capsys,
     said = capsys.readouterr()
     assert_refused(subprocess.CompletedProcess([], code, said.out, said.err), tmp_path, *words)
     assert pipeline.requests == []
+
+
+def test_folders_out_of_bounds_are_refused_in_a_sentence(tmp_path: Path, capsys, monkeypatch) -> None:
+    def refuse(path: Path, **_) -> None:  # as a folder without permissions does, even to root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(cli, "terminate_like_interrupt", lambda: None)
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    for arguments in (["--output", "closed/out.mp4"], ["--output", "out.mp4", "--model", "closed/model"]):
+        assert main(["a ball", *arguments], load=lambda folder, device: pytest.fail("too late")) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1
 
 
 def test_bad_input_is_refused_at_once_and_without_torch(tmp_path: Path) -> None:
@@ -195,7 +213,7 @@ def test_a_device_that_is_not_there() -> None:
     [
         ("MemoryError()", 1, "out of memory"),
         ("errors.NonFiniteOutput('Block 2 has NaN.')", 1, "Block 2"),
-        ("RuntimeError('secret')", 1, "failed unexpectedly"),
+        ("RuntimeError('secret')", 1, "--verbose to see why"),
         ("SystemExit(0)", 1, "failed unexpectedly"),
     ],
 )

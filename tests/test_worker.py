@@ -223,7 +223,7 @@ def test_torch_out_of_memory_is_recognised_and_memory_freed(worker, pipeline, mo
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     pipeline.on_step = allocate
-    with pytest.raises(OutOfMemory, match="shorter video"):
+    with pytest.raises(OutOfMemory, match="FP8 or TAEHV"):
         list(worker.submit(REQUEST))
     gc.collect()
     assert all(ref() is None for ref in held)
@@ -282,6 +282,23 @@ def test_a_model_that_does_not_load_says_so() -> None:
             worker.wait_ready(5)
         with pytest.raises(SelfForcingError, match="no model here"):
             list(worker.submit(REQUEST))
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "message"),
+    [
+        (RuntimeError("CUDA driver at /srv/secret is too old"), SelfForcingError, "could not be loaded .RuntimeError."),
+        (MemoryError(), OutOfMemory, "out of memory"),
+        (SystemExit(3), SelfForcingError, "could not be loaded .SystemExit."),
+    ],
+)
+def test_an_unexpected_error_while_loading_becomes_a_sentence(fault, expected, message: str) -> None:
+    def load() -> ScriptedPipeline:
+        raise fault
+
+    with ModelWorker(load) as worker, pytest.raises(expected, match=message) as caught:
+        worker.wait_ready(5)
+    assert "/srv" not in str(caught.value)
 
 
 def test_closing_ends_everything(pipeline: ScriptedPipeline) -> None:
