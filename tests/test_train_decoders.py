@@ -128,6 +128,12 @@ def test_every_part_trains_and_the_result_is_a_diffusers_folder(
     stored = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
+    further = Trainer(replace(trainer.config, out=tmp_path / "further", init=tmp_path / "model"))
+    assert [phase.part for phase in further.phases] == ["decoder", "encoder"]
+    assert sum(phase.share for phase in further.phases) == pytest.approx(1.0)
+    for name, tensor in further.codec.module.state_dict().items():
+        assert torch.equal(tensor, stored[name].float()), name
+
     data = ClipDataset(folder)
     scores = measure(trainer.codec, data, range(CLIPS - 1, CLIPS))
     assert all(np.isfinite(value) for value in scores.values())

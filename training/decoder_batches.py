@@ -91,10 +91,14 @@ class Batches:
         weights = F.interpolate(weights, scale_factor=float(SPATIAL_STRIDE)).repeat_interleave(
             TEMPORAL_STRIDE, 1
         )
+        weights = weights[:, -frames.shape[1] :, None]
+        weights[:, 0] *= (
+            TEMPORAL_STRIDE // self._first_group
+        )  # a single first frame counts as much as a group
         return Batch(
             latents.float(),
             frames.permute(0, 1, 4, 2, 3).float() / 255,
-            weights[:, -frames.shape[1] :, None],
+            weights,
             whole[..., None, None, None],
         )
 

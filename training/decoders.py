@@ -16,13 +16,14 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.taehv import TAEHV
@@ -55,6 +56,8 @@ class DecoderConfig:
     data: Path
     out: Path
     device: str = "cpu"
+    init: Path | None = None
+    """A folder of this kind to start from; the linear part is left out then."""
     phases: tuple[Phase, ...] = PHASES
     seed: int = 0
     matrix_rate: float = 0.006
@@ -66,7 +69,7 @@ class DecoderConfig:
     latent_noise: float = 0.15
     """Largest noise on a sample's latents, in each channel's standard deviations: generated latents are not
     perfect."""
-    subject_weight: float = 2.0
+    subject_weight: float = 4.0
     first_share: float = 0.25
     """Samples that begin with the clip."""
     held_out: int = 100
@@ -83,6 +86,13 @@ class Trainer:
         self.data = ClipDataset(config.data)
         self.codec = build(config.kind, self.data.info.channels)
         self.linear = self.codec.linear()
+        self.phases = config.phases
+        if config.init is not None:
+            state = load_file(config.init / "diffusion_pytorch_model.safetensors")
+            self.codec.module.load_state_dict(state)
+            kept = [phase for phase in config.phases if phase.part != "linear"]
+            total = sum(phase.share for phase in kept)
+            self.phases = tuple(replace(phase, share=phase.share / total) for phase in kept)
         self.networks = nn.ModuleDict({"codec": self.codec.module, "linear": self.linear})
         self.device = torch.device(config.device)
         self.networks.to(self.device)
@@ -124,9 +134,9 @@ class Trainer:
     def _place(self) -> tuple[Phase, float] | None:
         """The current phase, and how far its part has come; None at the end."""
         spent, before = self.minutes / self.config.minutes, 0.0
-        for phase in self.config.phases:
+        for phase in self.phases:
             if spent < before + phase.share:
-                shares = [(other.part, other.share) for other in self.config.phases]
+                shares = [(other.part, other.share) for other in self.phases]
                 start = sum(share for _, share in shares[: [part for part, _ in shares].index(phase.part)])
                 return phase, (spent - start) / sum(share for part, share in shares if part == phase.part)
             before += phase.share
@@ -272,12 +282,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the scores")
     parser.add_argument("--export", type=Path, help="folder of the result; by default OUT/model")
+    parser.add_argument("--init", type=Path, help="folder of a model of this kind to go on from")
+    parser.add_argument("--matrix-rate", type=float, default=DecoderConfig.matrix_rate)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     config = DecoderConfig(
-        kind=options.kind, minutes=options.minutes, data=options.data, out=options.out, device=options.device
+        kind=options.kind,
+        minutes=options.minutes,
+        data=options.data,
+        out=options.out,
+        init=options.init,
+        matrix_rate=options.matrix_rate,
+        device=options.device,
     )
     trainer = Trainer(config)
     trainer.run()
