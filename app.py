@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.cli import (
@@ -26,12 +27,16 @@ from pipeline.cli import (
 from pipeline.config import SECONDS_RANGE
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.worker import ModelWorker
+from web.generation import DEFAULT_MAX_SECONDS
 from web.page import build_app
 
 __all__ = ["build_app", "main"]
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+POLL_SECONDS = 0.5
+"""How long to wait in one go: on Windows Ctrl-C does not interrupt a wait."""
 
 ON_SPACE = "SPACE_ID" in os.environ
 """Hugging Face Spaces set this; there, the platform is what stands between the page and the public."""
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         folder, device = check_model_folder(options.model), check_device_name(options.device)
         say(f"Loading the model in {folder.name} ...")
         worker = ModelWorker(lambda: load(folder, device))
-        worker.wait_ready()
+        wait_until_loaded(worker)
         serve(worker, options, auth)
         return 0
     except KeyboardInterrupt:
@@ -61,6 +66,13 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
     finally:
         if worker is not None:
             worker.close(timeout=2)
+
+
+def wait_until_loaded(worker: ModelWorker) -> None:
+    while True:
+        with suppress(TimeoutError):
+            worker.wait_ready(POLL_SECONDS)
+            return
 
 
 def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
@@ -89,7 +101,8 @@ def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         say(f"Open {public or local} in a browser. Ctrl-C stops.")
-        stop.wait()
+        while not stop.wait(POLL_SECONDS):
+            pass
     finally:
         demo.close(verbose=False)
 
@@ -110,16 +123,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=EMBEDDED_MODEL, metavar="FOLDER", help="model folder (default: weights/embedded)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--max-seconds",
         type=float,
+        default=DEFAULT_MAX_SECONDS,
         metavar="N",
-        help="longest video that may be asked for, and longest time that one run may take, in seconds",
+        help=f"longest video that may be asked for, in seconds (default: {DEFAULT_MAX_SECONDS:g}); a run may take "
+        "twice as long and a minute more",
     )
     options = parser.parse_args(argv)
     low, high = SECONDS_RANGE
-    if options.max_seconds is not None and not low <= options.max_seconds <= high:
+    if not low <= options.max_seconds <= high:
         raise InvalidRequest(f"max-seconds is {options.max_seconds:g}, but must be a number from {low:g} to {high:g}.")
     if not 1 <= options.port <= 65535:
         raise InvalidRequest(f"port is {options.port}, but must be a number from 1 to 65535.")

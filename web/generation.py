@@ -24,6 +24,9 @@ from web.sessions import Sessions, Ticket
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_MAX_SECONDS = 60.0
+"""Longest video that a visitor may ask for, if whoever starts the page says nothing else."""
+
 TAIL_SECONDS = 0.5
 """Between the last segment and the end of the stream: a player that learns of both at once may never report the end."""
 
@@ -38,16 +41,18 @@ class Generator:
         worker: Owns the model.
         pipeline: The same model, for questions that need no computing.
         folder: Where finished videos are put: a folder that the web server hands files out of.
-        max_seconds: Longest video, and longest time a run may take.
+        max_seconds: Longest video. A run may take twice as long and a minute more.
     """
 
     def __init__(
-        self, worker: ModelWorker, pipeline: AdaptedPipeline, folder: Path, max_seconds: float | None = None
+        self, worker: ModelWorker, pipeline: AdaptedPipeline, folder: Path, max_seconds: float = DEFAULT_MAX_SECONDS
     ) -> None:
         self.worker = worker
         self.pipeline = pipeline
         self.folder = folder
         self.max_seconds = max_seconds
+        # Well beyond playback speed, so that a slow machine gets its videos done; what nobody reads any more ends, too.
+        self.deadline = 2 * max_seconds + 60
         self.sessions = Sessions()
         self._paces: dict[tuple[bool, bool, bool], float] = {}
 
@@ -58,7 +63,7 @@ class Generator:
             InvalidRequest, OptionUnavailable: with a sentence for the visitor.
         """
         request = GenerationRequest(**fields)
-        if self.max_seconds is not None and request.seconds > self.max_seconds:
+        if request.seconds > self.max_seconds:
             low = SECONDS_RANGE[0]
             raise InvalidRequest(
                 f"seconds is {request.seconds:g}, but must be a number from {low:g} to {self.max_seconds:g} here."
@@ -79,7 +84,7 @@ class Generator:
                 yield gr.skip(), gr.skip(), gr.skip()
                 return
             yield gr.skip(), status.waiting(0), None
-            run = self.worker.submit(request, self.max_seconds)
+            run = self.worker.submit(request, self.deadline)
             # Leaving this block, for whatever reason and on whatever thread, takes no time and frees the model.
             with run:
                 ticket.attach(run)

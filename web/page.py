@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, SECONDS_RANGE
 from pipeline.errors import SelfForcingError
 from pipeline.worker import ModelWorker
 from web import status, style
 from web.adapter import AdaptedPipeline
-from web.generation import Generator, Update
+from web.body_limit import BodyLimit
+from web.generation import DEFAULT_MAX_SECONDS, Generator, Update
 from web.player import live_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,7 @@ LAUNCH_DEFAULTS: dict[str, Any] = {
     "pwa": False,
     "run_history": False,
     "enable_monitoring": False,
+    "app_kwargs": {"middleware": [Middleware(BodyLimit)]},
     "footer_links": ["api", "settings"],
 }
 
@@ -49,13 +52,13 @@ OPTIONS = {
 }
 
 
-def build_app(pipeline: Any, max_seconds: float | None = None) -> gr.Blocks:
+def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS) -> gr.Blocks:
     """The whole app around a pipeline, ready for `launch()`.
 
     Args:
         pipeline: A `StreamingPipeline`, or a `ModelWorker` that has loaded one, or in a pinch any object with
             `stream(request)`.
-        max_seconds: Longest video that may be asked for, and longest time a run may take. None: general limits only.
+        max_seconds: Longest video that may be asked for. A run may take twice as long and a minute more.
     """
     worker = pipeline if isinstance(pipeline, ModelWorker) else None
     model = AdaptedPipeline(worker.wait_ready() if worker else pipeline)
@@ -67,7 +70,7 @@ def build_app(pipeline: Any, max_seconds: float | None = None) -> gr.Blocks:
 class Page:
     """Builds the components and wires them to a `Generator`."""
 
-    def __init__(self, worker: ModelWorker, model: AdaptedPipeline, max_seconds: float | None) -> None:
+    def __init__(self, worker: ModelWorker, model: AdaptedPipeline, max_seconds: float) -> None:
         self.model = model
         self.max_seconds = max_seconds
         self.blocks = gr.Blocks(
@@ -129,14 +132,14 @@ class Page:
                     elem_id="status",
                     padding=False,
                 )
-                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event begins
-                # and by then may hold a later click's; this travels with the event. API clients do not see it.
+                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
+                # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
                 self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
                 self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
 
     def _lay_out_settings(self) -> None:
         low, high = SECONDS_RANGE
-        longest = min(high, self.max_seconds or high)
+        longest = min(high, self.max_seconds)
         fps_low, fps_high = FPS_RANGE
         # Numbers, not sliders: what is typed arrives as it is, and the request says what is wrong with it.
         with gr.Row(elem_id="numbers"):
