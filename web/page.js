@@ -8,7 +8,7 @@
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       press("generate");
-    } else if (event.key === "Escape") {
+    } else if (event.key === "Escape" && !event.isComposing && !event.defaultPrevented) {
       press("stop");
     }
   });

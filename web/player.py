@@ -8,6 +8,7 @@ the four hooks through which Gradio handles chunks are replaced on the instance.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def live_video(**settings: Any) -> gr.Video:
         # Asked for by API clients, who get the stream as one file.
         folder = Path(tempfile.mkdtemp(dir=video.GRADIO_CACHE))
         path = folder / "video.mp4"
-        join_segments(stream, path)
+        await asyncio.to_thread(join_segments, stream, path)
         video.temp_files.add(str(path))
         return FileData(path=str(path), is_stream=False, orig_name="video.mp4")
 
