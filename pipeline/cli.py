@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -80,12 +81,17 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         return EXIT_BAD_INPUT
     except SelfForcingError as error:
         # There is no log to look into, only what --verbose would have shown.
-        unexpected = error.__cause__ is not None and not isinstance(error.__cause__, SelfForcingError)
-        say(f"{error} Run again with --verbose to see why." if unexpected and not verbose else str(error))
+        say(f"{error} Run again with --verbose to see why." if _is_unexplained(error) and not verbose else str(error))
         return EXIT_FAILED
     finally:
         if worker is not None:
             worker.close()
+
+
+def _is_unexplained(error: SelfForcingError) -> bool:
+    """Whether the sentence only says that something went wrong in the model or in the encoder, but not what."""
+    cause = error.__cause__
+    return isinstance(cause, subprocess.CalledProcessError) or (type(error) is SelfForcingError and cause is not None)
 
 
 def generate(
@@ -224,7 +230,7 @@ def read_output(options: argparse.Namespace, request: GenerationRequest) -> Path
     if _is_dir(output):
         raise InvalidRequest(f"The output {_shown(output)} is a directory. Give the name of a file in it.")
     if not _is_dir(output.parent):
-        raise InvalidRequest(f"The output directory {_shown(output.parent)} does not exist or cannot be entered. Create it first.")
+        raise InvalidRequest(f"The output directory {_shown(output.parent)} does not exist or cannot be read.")
     try:
         output.exists()  # a name that the file system cannot take raises
         with tempfile.TemporaryFile(dir=output.parent):

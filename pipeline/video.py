@@ -249,7 +249,8 @@ def _ffmpeg(arguments: list[str], stdin: Sequence[bytes]) -> bytes:
     logger.error("ffmpeg ended with code %d: %s", result.returncode, message)
     if os.strerror(errno.ENOSPC) in message:
         raise _write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    raise VideoError(f"The video encoder failed (code {result.returncode}).") from RuntimeError(message)
+    cause = subprocess.CalledProcessError(result.returncode, command, stderr=result.stderr)
+    raise VideoError(f"The video encoder failed (code {result.returncode}).") from cause
 
 
 def _write_error(error: OSError) -> VideoError:
