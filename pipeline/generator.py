@@ -25,6 +25,7 @@ from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_nois
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
+from pipeline.wan_layers import speed_up
 
 
 class SelfForcingPipeline:
@@ -91,11 +92,13 @@ class SelfForcingPipeline:
         def load(name: str) -> Any:
             return source.load(name, dtype).to(target)
 
+        vae = load("vae")
+        speed_up(vae)
         return cls(
             source.spec,
             TransformerOptions(lambda: load("transformer")),
             TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len),
-            load("vae"),
+            vae,
             load("taehv") if source.has("taehv") else None,
             weights_sha256=source.sha256("transformer"),
         )

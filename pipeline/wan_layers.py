@@ -35,9 +35,7 @@ class _CausalConv3d(WanCausalConv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _applies(input):
             return super()._conv_forward(input, weight, bias)
-        return torch.mkldnn_convolution(
-            input, weight, bias, self.padding, self.stride, self.dilation, self.groups
-        )
+        return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 
 
 class _RMSNorm(WanRMS_norm):

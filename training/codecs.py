@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
 from pipeline.taehv import TAEHV, MemBlock, TGrow
+from pipeline.wan_layers import speed_up
 
 __all__ = ["Codec", "LinearDecoder", "TaehvCodec", "WanCodec"]
 
@@ -116,6 +117,7 @@ class WanCodec:
 
     def __init__(self, module: AutoencoderKLWan) -> None:
         self.module = module
+        speed_up(module)
         for part in module.modules():
             if isinstance(part, WanResidualBlock):
                 _zero(part.conv2)
