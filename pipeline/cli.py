@@ -314,7 +314,8 @@ def quiet_libraries(verbose: bool) -> None:
 def terminate_like_interrupt() -> None:
     """Treat a polite kill as Ctrl-C: half-written files go away."""
     if threading.current_thread() is threading.main_thread():  # the only one that may say so
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # Not by way of SIGINT: a shell that starts a program in the background has it ignored there.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _progress_bar() -> Any:

@@ -110,7 +110,7 @@ class SelfForcingPipeline:
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
         check_available(request, self.unavailable_options())
-        fps = request.fps if request.fps is not None else self.spec.fps
+        fps = float(self.spec.fps if request.fps is None else request.fps)
         num_blocks = self.spec.blocks_for(request.seconds, fps)
         dtype = str(self._transformer.dtype).removeprefix("torch.")
         return RunInfo(

@@ -222,8 +222,7 @@ class TAEHV(ModelMixin, ConfigMixin):
     def _check(self, x: Tensor, channels: int, meaning: str) -> None:
         if x.ndim != 5 or x.shape[2] != channels or x.shape[1] < 1:
             raise InvalidRequest(
-                f"TAEHV needs {meaning} with {channels} channels and at least one frame; "
-                f"got shape {tuple(x.shape)}."
+                f"TAEHV needs {meaning} with {channels} channels and at least one frame; got shape {tuple(x.shape)}."
             )
 
     def run(self, layers: nn.Sequential, x: Tensor, memory: Memory | None = None) -> Tensor:
@@ -262,8 +261,7 @@ def _published_config(weights: Mapping[str, Tensor], stages: int) -> dict[str, o
             plain[match[1]].append(int(match[2]))
         blocks += bool(re.fullmatch(r"decoder\.\d+\.conv\.0\.weight", key))
     encoder, decoder = (
-        [weights[f"{half}.{index}.weight"] for index in sorted(plain[half])]
-        for half in ("encoder", "decoder")
+        [weights[f"{half}.{index}.weight"] for index in sorted(plain[half])] for half in ("encoder", "decoder")
     )
     pools = sorted(
         (int(match[1]), tensor.shape[1] // tensor.shape[0] > 1)

@@ -243,6 +243,8 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path, model: Path, number: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As at a terminal, even if the tests themselves run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr.read(1)  # the progress bar: it is at work
     time.sleep(0.6)

@@ -25,9 +25,7 @@ KINDS = ("wan", "taehv")
 def vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 1.0, 2.0]}
-    model = AutoencoderKLWan(
-        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, **statistics
-    )
+    model = AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, **statistics)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
@@ -85,9 +83,7 @@ def test_reset_forgets_the_stream(decoder: StreamDecoder) -> None:
     assert torch.equal(decoder.decode(latents(2)), fresh)
 
 
-def test_interleaved_streams_do_not_disturb_each_other(
-    kind: str, vae: AutoencoderKLWan, taehv: TAEHV
-) -> None:
+def test_interleaved_streams_do_not_disturb_each_other(kind: str, vae: AutoencoderKLWan, taehv: TAEHV) -> None:
     def stream() -> StreamDecoder:
         return WanStreamDecoder(vae) if kind == "wan" else TaehvStreamDecoder(taehv)
 
@@ -207,9 +203,7 @@ def test_a_stream_keeps_its_shape(decoder: StreamDecoder) -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 4, 3, 24, 32), (1, 0, 3, 24, 32), (1, 5, 3, 20, 32), (5, 3, 24, 32), (1, 5, 1, 24, 32)]
 )
-def test_frames_of_another_shape_are_refused(
-    vae: AutoencoderKLWan, taehv: TAEHV, shape: tuple[int, ...]
-) -> None:
+def test_frames_of_another_shape_are_refused(vae: AutoencoderKLWan, taehv: TAEHV, shape: tuple[int, ...]) -> None:
     for encode, module in ((encode_wan, vae), (encode_taehv, taehv)):
         with pytest.raises(InvalidRequest):
             encode(module, torch.zeros(shape))
@@ -218,16 +212,12 @@ def test_frames_of_another_shape_are_refused(
 def test_published_weights_with_larger_grow_layers(taehv: TAEHV) -> None:
     """A published file may hold rows for two frames where the module makes one: the last rows count."""
     weights = dict(taehv.state_dict())
-    grow = next(
-        key for key, tensor in weights.items() if key.endswith(".conv.weight") and key.startswith("decoder")
-    )
+    grow = next(key for key, tensor in weights.items() if key.endswith(".conv.weight") and key.startswith("decoder"))
     weights[grow] = torch.cat([torch.full_like(weights[grow], math.nan), weights[grow]])
     loaded = TAEHV.from_published(weights).eval()
     assert loaded.config["decoder_widths"] == taehv.config["decoder_widths"]
     assert loaded.config["encoder_width"] == taehv.config["encoder_width"]
-    assert torch.equal(
-        TaehvStreamDecoder(loaded).decode(latents(2)), TaehvStreamDecoder(taehv).decode(latents(2))
-    )
+    assert torch.equal(TaehvStreamDecoder(loaded).decode(latents(2)), TaehvStreamDecoder(taehv).decode(latents(2)))
 
 
 def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
@@ -235,9 +225,7 @@ def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
     with pytest.raises(WeightsError, match="not TAEHV"):
         TAEHV.from_published({"a.weight": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"decoder\.3\.conv\.2\.bias"):
-        TAEHV.from_published(
-            {key: tensor for key, tensor in weights.items() if key != "decoder.3.conv.2.bias"}
-        )
+        TAEHV.from_published({key: tensor for key, tensor in weights.items() if key != "decoder.3.conv.2.bias"})
     with pytest.raises(WeightsError, match="unknown"):
         TAEHV.from_published({**weights, "extra": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"decoder\.3\.conv\.2\.bias"):
@@ -247,9 +235,7 @@ def test_published_weights_that_do_not_fit_are_named(taehv: TAEHV) -> None:
 def test_taehv_folder_round_trip(taehv: TAEHV, tmp_path: Path) -> None:
     taehv.save_pretrained(tmp_path)
     loaded = TAEHV.from_pretrained(tmp_path)
-    assert torch.equal(
-        TaehvStreamDecoder(loaded).decode(latents(3)), TaehvStreamDecoder(taehv).decode(latents(3))
-    )
+    assert torch.equal(TaehvStreamDecoder(loaded).decode(latents(3)), TaehvStreamDecoder(taehv).decode(latents(3)))
 
 
 def test_unsupported_configs_are_refused() -> None:

@@ -67,6 +67,6 @@ def test_links_lead_somewhere(target: str) -> None:
 
 
 def test_documented_modules_exist() -> None:
-    for module in set(re.findall(r"python -m ([a-z.]+)", README)):
+    for module in set(re.findall(r"python -m ([a-z.]+)", README)) - {"pytest"}:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module

@@ -66,13 +66,9 @@ def config(kind: str, folder: Path, out: Path, minutes: float = 0.03) -> Decoder
 def codec(kind: str) -> Codec:
     torch.manual_seed(0)
     if kind == "taehv":
-        return TaehvCodec(
-            TAEHV(latent_channels=4, decoder_widths=(16, 12, 10, 8), encoder_width=6, latent_limit=1e3)
-        )
+        return TaehvCodec(TAEHV(latent_channels=4, decoder_widths=(16, 12, 10, 8), encoder_width=6, latent_limit=1e3))
     statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-    return WanCodec(
-        AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 3, 3], num_res_blocks=1, **statistics)
-    )
+    return WanCodec(AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 3, 3], num_res_blocks=1, **statistics))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,9 +109,7 @@ def test_the_norm_of_training_has_the_right_gradient() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_part_trains_and_the_result_is_a_diffusers_folder(
-    kind: str, folder: Path, tmp_path: Path
-) -> None:
+def test_every_part_trains_and_the_result_is_a_diffusers_folder(kind: str, folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(kind, folder, tmp_path / "run"))
     before = {name: tensor.clone() for name, tensor in trainer.codec.module.state_dict().items()}
     trainer.run()

@@ -70,9 +70,7 @@ class LinearDecoder(nn.Module):
         first_group: 1 if the first frame of a sample stays single, as in the Wan VAE.
     """
 
-    def __init__(
-        self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int
-    ) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int) -> None:
         super().__init__()
         self.single_first = first_group == 1
         self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -82,8 +80,7 @@ class LinearDecoder(nn.Module):
         )
         outputs = [*widths[1:], 3]
         self.grows = nn.ModuleList(
-            nn.Conv2d(width, after, 3, padding=1, bias=False)
-            for width, after in zip(widths, outputs, strict=True)
+            nn.Conv2d(width, after, 3, padding=1, bias=False) for width, after in zip(widths, outputs, strict=True)
         )
         self.bias = nn.Parameter(torch.full((3,), 0.5))
         with torch.no_grad():  # each layer begins near the identity

@@ -88,13 +88,9 @@ class Batches:
         columns = zip(*(self._sample(int(clip), phase) for clip in clips), strict=True)
         latents, frames, mask, whole = (torch.from_numpy(np.stack(column)) for column in columns)
         weights = (1 + self._subject_weight * mask) * whole[..., None, None]
-        weights = F.interpolate(weights, scale_factor=float(SPATIAL_STRIDE)).repeat_interleave(
-            TEMPORAL_STRIDE, 1
-        )
+        weights = F.interpolate(weights, scale_factor=float(SPATIAL_STRIDE)).repeat_interleave(TEMPORAL_STRIDE, 1)
         weights = weights[:, -frames.shape[1] :, None]
-        weights[:, 0] *= (
-            TEMPORAL_STRIDE // self._first_group
-        )  # a single first frame counts as much as a group
+        weights[:, 0] *= TEMPORAL_STRIDE // self._first_group  # a single first frame counts as much as a group
         return Batch(
             latents.float(),
             frames.permute(0, 1, 4, 2, 3).float() / 255,

@@ -252,9 +252,7 @@ def build(kind: str, channels: int) -> Codec:
     """A fresh codec of the embedded model's size."""
     if kind == "taehv":
         return TaehvCodec(
-            TAEHV(
-                latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0
-            )
+            TAEHV(latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0)
         )
     vae = AutoencoderKLWan(
         base_dim=8,

@@ -24,8 +24,10 @@ def ask(page, prompt: str = PROMPT, *, seconds: float | None = None, fps: float 
     if seconds or fps:
         if not page.get_by_label("Length (s)").is_visible():
             page.get_by_role("button", name="Advanced").click()
-        page.get_by_label("Length (s)").fill(str(seconds or 5))
-        page.get_by_label("Target FPS").fill(str(fps or 16))
+        for label, value in (("Length (s)", seconds or 5), ("Target FPS", fps or 16)):
+            page.get_by_label(label).fill(str(value))
+            page.get_by_label(label).press("Tab")
+        page.wait_for_timeout(500)  # nobody types a number and presses Generate in the same instant
     page.evaluate("window.painted = []; window.happened = []")
     page.get_by_role("button", name="Generate").click()
 
