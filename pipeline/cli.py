@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
-from pipeline.config import FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest
+from pipeline.config import FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.recipe import build_recipe
 from pipeline.video import SegmentEncoder
@@ -98,9 +98,7 @@ def generate(
     worker: ModelWorker, pipeline: StreamingPipeline, request: GenerationRequest, output: Path
 ) -> dict[str, Any]:
     """Make the video and write it. Returns what `--json` prints."""
-    for option, reason in pipeline.unavailable_options().items():
-        if getattr(request, option):
-            raise OptionUnavailable(reason)
+    check_available(request, pipeline.unavailable_options())
     if unknown := pipeline.unknown_words(request.prompt):
         say(f"The model does not know these words and ignores them: {', '.join(unknown)}.")
     began = time.perf_counter()

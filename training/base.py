@@ -207,7 +207,7 @@ class BaseStage:
         if self.path.exists():
             spent = self._load(torch.load(self.path, map_location=self.device, weights_only=True))
         elif config.init:
-            state = torch.load(config.init, weights_only=True)
+            state = torch.load(config.init, map_location=self.device, weights_only=True)
             self.master.load_state_dict(state["average"])
             self.average = WeightAverage(list(self.master.parameters()), config.average_decay)
         self.clock = StageClock(config.minutes, spent)

@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.config import SECONDS_RANGE, GenerationRequest
-from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, VideoError
+from pipeline.config import SECONDS_RANGE, GenerationRequest, check_available
+from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
 from pipeline.recipe import build_recipe
 from pipeline.video import Segment, SegmentEncoder
 from pipeline.worker import ModelWorker, Run
@@ -68,9 +68,7 @@ class Generator:
             raise InvalidRequest(
                 f"seconds is {request.seconds:g}, but must be a number from {low:g} to {self.max_seconds:g} here."
             )
-        for option, reason in self.pipeline.unavailable_options().items():
-            if getattr(request, option, False):
-                raise OptionUnavailable(reason)
+        check_available(request, self.pipeline.unavailable_options())
         return request
 
     def run(self, request: GenerationRequest, session: str, ticket_id: str | None = None) -> Iterator[Update]:
