@@ -19,6 +19,7 @@ from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.folder import ModelFolder
+from pipeline.loading import report_loading
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
 from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
@@ -90,18 +91,16 @@ class SelfForcingPipeline:
         source = ModelFolder(folder)
 
         def load(name: str) -> Any:
+            report_loading(f"Loading the {name.replace('_', ' ')}", source.share_before(name))
             return source.load(name, dtype).to(target)
 
+        # In the order of `CLASSES`, so that what is reported only grows.
+        transformer = TransformerOptions(lambda: load("transformer"))
+        text = TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len)
         vae = load("vae")
         speed_up(vae)
-        return cls(
-            source.spec,
-            TransformerOptions(lambda: load("transformer")),
-            TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len),
-            vae,
-            load("taehv") if source.has("taehv") else None,
-            weights_sha256=source.sha256("transformer"),
-        )
+        taehv = load("taehv") if source.has("taehv") else None
+        return cls(source.spec, transformer, text, vae, taehv, weights_sha256=source.sha256("transformer"))
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +182,12 @@ class SelfForcingPipeline:
                 raise SelfForcingError("Another run was started on this model, which ended this one.")
             shown += len(frames)
             finished = latents
+
+    def warm_up(self) -> None:
+        """Make two blocks for nobody: whatever happens once only, happens now and not in front of the first visitor."""
+        seconds = self.spec.frames_in(2) / self.spec.fps
+        for _ in self.stream(GenerationRequest(prompt="a first look around", seed=0, seconds=seconds)):
+            pass
 
     def generate(self, request: GenerationRequest) -> GeneratedVideo:
         """The whole clip at once: the drained stream."""

@@ -32,6 +32,7 @@ from pipeline.blocks import FrameBlock, StreamingPipeline
 from pipeline.config import GenerationRequest
 from pipeline.control import RunControl
 from pipeline.errors import Cancelled, OutOfMemory, SelfForcingError
+from pipeline.loading import LoadingState, heard_by
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ModelWorker:
         self._pipeline: StreamingPipeline | None = None
         self._load_error: BaseException | None = None
         self._loaded = threading.Event()
+        self._loading = LoadingState()
         self._lock = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._current: _Job | None = None
@@ -73,6 +75,16 @@ class ModelWorker:
         if self._load_error is not None:
             raise self._load_error
         return cast(StreamingPipeline, self._pipeline)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether loading is over, well or badly: `wait_ready` will not wait."""
+        return self._loaded.is_set()
+
+    @property
+    def loading(self) -> LoadingState:
+        """What loading reported last."""
+        return self._loading
 
     @property
     def busy(self) -> bool:
@@ -139,7 +151,8 @@ class ModelWorker:
     def _load(self) -> None:
         try:
             source = self._source
-            self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
+            with heard_by(lambda state: setattr(self, "_loading", state)):
+                self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
             self._load_error = error
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
