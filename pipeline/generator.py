@@ -150,8 +150,9 @@ class SelfForcingPipeline:
         text_kv = model.encode_text(prompt_embeds)
         # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
         cache = self._fresh_cache(model)
+        for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
+            decoder.reset()
         decoder = self._decoders[request.taehv]
-        decoder.reset()
         shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
 
         finished: torch.Tensor | None = None

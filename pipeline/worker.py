@@ -362,8 +362,7 @@ def _is_last(block: FrameBlock) -> bool:
 
 def _load_failure(error: BaseException) -> SelfForcingError:
     """What is said of an unexpected error while loading."""
-    # The trace keeps alive what was loaded so far.
-    traceback.clear_frames(error.__traceback__)
+    _clear_traces(error)  # they keep alive what was loaded so far
     failure: SelfForcingError
     if _is_out_of_memory(error):
         free_memory()
@@ -379,8 +378,7 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     expected = isinstance(error, SelfForcingError)
     if not expected or isinstance(error, OutOfMemory):
         logger.error("%s failed", job.id, exc_info=error)
-    # The trace keeps every local variable of the failed step alive, and with them the very tensors that did not fit.
-    traceback.clear_frames(error.__traceback__)
+    _clear_traces(error)
     if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
         free_memory()
         if isinstance(error, OutOfMemory):
@@ -395,12 +393,23 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     return failure
 
 
+def _clear_traces(error: BaseException) -> None:
+    """Empty the frames of an error and of those behind it: their local variables are the tensors that did not fit."""
+    link: BaseException | None = error
+    cleared: list[BaseException] = []
+    while link is not None and link not in cleared:
+        traceback.clear_frames(link.__traceback__)
+        cleared.append(link)
+        link = link.__cause__ or link.__context__
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # On a CPU torch has no class of its own for it.
-    return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+    # CPUs, Apple GPUs and some libraries have no class of their own for it.
+    signs = ("t allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def free_memory() -> None:
