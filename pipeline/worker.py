@@ -73,7 +73,7 @@ class ModelWorker:
         if not self._loaded.wait(timeout):
             raise TimeoutError("The model is still loading.")
         if self._load_error is not None:
-            raise self._load_error
+            raise _again(self._load_error)
         return cast(StreamingPipeline, self._pipeline)
 
     @property
@@ -154,6 +154,7 @@ class ModelWorker:
             with heard_by(lambda state: setattr(self, "_loading", state)):
                 self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
+            _clear_traces(error)
             self._load_error = error
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
             logger.exception("The model could not be loaded")
@@ -174,7 +175,7 @@ class ModelWorker:
         error: BaseException | None = None
         try:
             if self._load_error is not None:
-                raise self._load_error
+                raise _again(self._load_error)
             with job.started() as control:
                 stream = cast(StreamingPipeline, self._pipeline).stream(job.request)
                 try:
@@ -217,8 +218,8 @@ class ModelWorker:
 class Run:
     """One request on its way through the model: an iterator of `FrameBlock`.
 
-    Iterating raises the run's error, after the blocks made before it. A stopped run ends without an error. Dropping the
-    last reference to a run closes it.
+    Iterating raises the run's error, once, after the blocks made before it. A stopped run ends without an error.
+    Dropping the last reference to a run closes it.
     """
 
     def __init__(self, worker: ModelWorker, job: _Job) -> None:
@@ -344,8 +345,9 @@ class _Job:
                 block = self._blocks.popleft()
                 self._changed.notify_all()
                 return block
-            if self._error is not None and not self._closed:
-                raise self._error
+            error, self._error = self._error, None  # whoever catches it may hold this run: it must not hold them
+            if error is not None and not self._closed:
+                raise error
             return None
 
     def end(self, error: BaseException | None = None) -> None:
@@ -362,7 +364,7 @@ def _is_last(block: FrameBlock) -> bool:
 
 def _load_failure(error: BaseException) -> SelfForcingError:
     """What is said of an unexpected error while loading."""
-    _clear_traces(error)  # they keep alive what was loaded so far
+    _clear_traces(error)
     failure: SelfForcingError
     if _is_out_of_memory(error):
         free_memory()
@@ -371,6 +373,13 @@ def _load_failure(error: BaseException) -> SelfForcingError:
         failure = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
     failure.__cause__ = error
     return failure
+
+
+def _again(error: BaseException) -> BaseException:
+    """The same error to raise once more: one object would hold the frames of all who ever met it."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
@@ -394,7 +403,7 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
 
 
 def _clear_traces(error: BaseException) -> None:
-    """Empty the frames of an error and of those behind it: their local variables are the tensors that did not fit."""
+    """Empty the frames of an error and of those behind it: their local variables are what was loaded or did not fit."""
     link: BaseException | None = error
     cleared: list[BaseException] = []
     while link is not None and link not in cleared:
