@@ -49,8 +49,8 @@ class Pace:
 
 # A block is four steps and, after the first, twelve frames.
 FAST = Pace(fps=16, seconds=5, step_seconds=0.07)
-CALM = Pace(fps=6, seconds=8, step_seconds=0.15)
-BRISK = Pace(fps=24, seconds=4, step_seconds=0.11)  # hardly faster than it is played: not without a pre-buffer
+CALM = Pace(fps=6, seconds=9.5, step_seconds=0.15)
+BRISK = Pace(fps=24, seconds=4, step_seconds=0.125)  # about as fast as it is played: not without a pre-buffer
 SLOW = Pace(fps=16, seconds=3.5, step_seconds=0.5625)  # a third of real time
 LONG = Pace(fps=16, seconds=60, step_seconds=0.1)
 
@@ -77,6 +77,7 @@ def show(page, site: Site, pace: Pace, folder: Path) -> Showing:
     site.pipeline.step_seconds = pace.step_seconds
     ask(page, seconds=pace.seconds, fps=pace.fps)
     wait_for_end(page)
+    page.wait_for_timeout(800)  # the page itself asks once more when a run is over
     sight, asked = Sight.of(page), playlist_requests(page)
     quiet_until = time.monotonic() + QUIET_SECONDS
     media = read_media(downloaded(page, folder))
@@ -96,15 +97,17 @@ class Showings:
 
     def __init__(self, open_page: Callable, site: Site, folder: Path, played: dict[Pace, Showing]) -> None:
         self._open_page, self._site, self._folder, self._played = open_page, site, folder, played
+        self._last: Pace | None = None
 
     def __call__(self, pace: Pace) -> Showing:
+        self._last = pace
         if pace not in self._played:
             self._played[pace] = show(self._open_page(), self._site, pace, self._folder)
         return self._played[pace]
 
     def reset(self) -> None:
         self._site.reset()
-        self._played.clear()
+        self._played.pop(self._last, None)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,8 @@ def assert_painted(sight: Sight, num_frames: int, share: float = 0.98) -> None:
     codes = sight.codes
     assert codes == sorted(set(codes)), "a frame came too early, too late or twice"
     assert codes[-1] == num_frames - 1
-    assert len(codes) >= share * num_frames, f"not painted: {sorted(set(range(num_frames)) - set(codes))}"
+    missing = sorted(set(range(num_frames)) - set(codes))
+    assert sight.presented >= share * num_frames, f"not seen: {missing}"
 
 
 def assert_ended(showing: Showing) -> None:
@@ -156,10 +160,9 @@ def test_a_run_needs_neither_ffmpeg_nor_ffprobe_on_the_path(showing) -> None:
 
 
 @retried
-@pytest.mark.parametrize("pace", [FAST, CALM], ids=["16fps", "6fps"])
-def test_the_first_frame_is_painted_within_a_second_of_being_made(showing, pace) -> None:
-    """Check 2."""
-    run = showing(pace)
+def test_the_first_frame_is_painted_within_a_second_of_being_made(showing) -> None:
+    """Check 2. (At 6 fps: a first block that lasts until the next one is there is shown without a pre-buffer.)"""
+    run = showing(CALM)
     first = run.sight.frames[0]
     assert first["code"] <= 2
     assert first["time"] - run.stamps[0] <= 1.0
@@ -202,7 +205,7 @@ def test_a_slow_model_stalls_only_until_its_next_block(open_page, site) -> None:
 
 
 @retried
-@pytest.mark.parametrize("pace", [FAST, CALM], ids=["16fps", "6fps"])
+@pytest.mark.parametrize("pace", [FAST, CALM, BRISK], ids=["16fps", "6fps", "24fps"])
 def test_the_player_learns_of_the_end(showing, pace) -> None:
     """Check 6."""
     assert_ended(showing(pace))
@@ -255,18 +258,15 @@ def test_stop_ends_the_run_within_a_step_and_keeps_what_exists(open_page, site, 
 @retried
 def test_closing_the_tab_frees_the_model(open_page, site) -> None:
     """Check 10."""
-    site.pipeline.step_seconds = 0.1
+    site.pipeline.step_seconds = 0.4
     page = open_page()
     ask(page, seconds=60)
-    wait_until(page, lambda: len(site.pipeline.made) >= 2)
+    wait_until(page, lambda: site.pipeline.made)
     closed = time.monotonic()
     page.close()
-    deadline = closed + 10
-    while not site.pipeline.intervals:
-        assert time.monotonic() < deadline, "the model still works for nobody"
-        time.sleep(0.02)
+    wait_until(None, lambda: site.pipeline.intervals)
     ((_, end),) = site.pipeline.intervals
-    assert end - closed <= 0.5 + site.pipeline.step_seconds
+    assert end - closed <= 0.5 + site.pipeline.step_seconds, "not only at the end of the block"
 
 
 @retried

@@ -44,10 +44,14 @@ def wait_for_end(page) -> None:
 
 
 def wait_until(page, condition: Callable[[], Any], seconds: float = 20) -> None:
+    """Until the condition holds. `page` is the one to look at, or None."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        page.wait_for_timeout(20)  # and not time.sleep: the page's events are handled meanwhile
+        if page is None:
+            time.sleep(0.02)
+        else:
+            page.wait_for_timeout(20)  # and not time.sleep: the page's events are handled meanwhile
 
 
 def downloaded(page, folder: Path) -> Path:
@@ -87,6 +91,11 @@ class Sight:
     def codes(self) -> list[int]:
         """Numbers of the painted frames. The browser may paint a frame that stands still again; that is no news."""
         return [code for code, _ in itertools.groupby(frame["code"] for frame in self.frames)]
+
+    @property
+    def presented(self) -> int:
+        """How many frames the browser painted by its own count: on a busy machine a script hears too late of some."""
+        return self.frames[-1]["presented"] - self.frames[0]["presented"] + 1
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["name"] == name]
