@@ -121,7 +121,7 @@ class Generator:
         Raises:
             SelfForcingError: after the last update, which holds what was made until then.
         """
-        ticket = self.sessions.begin(session, ticket_id, self.expected_seconds(request))
+        ticket = self.sessions.begin(session, ticket_id, lambda: self.expected_seconds(request))
         meter = RunMeter(self.pipeline.plan(request))
         try:
             if ticket.stopped:  # while it stood in the queue
@@ -150,6 +150,9 @@ class Generator:
                 meter.count(block)
                 playing = buffer.may_play(block, meter.frames)
                 meter.notes = _pace_notes(buffer, meter)
+                if meter.blocks > 1 and (pace := buffer.seconds_per_frame):
+                    self._paces[options] = pace
+                    ticket.will_take(pace * max(0, meter.run.num_frames - meter.frames))
                 if not streamed:
                     held.clear()
                 if playing or not streamed:
@@ -163,8 +166,6 @@ class Generator:
             run.close()
         if ticket.abandoned:
             return
-        if buffer.seconds_per_frame and meter.blocks > 1:
-            self._paces[options] = buffer.seconds_per_frame
         if held:  # it ended before playback began
             last_segment = time.monotonic()
             yield Update(state="generating", meter=meter, segment=_joined(held))

@@ -1,6 +1,6 @@
 () => {
   const byId = (id) => document.getElementById(id);
-  const video = () => document.querySelector("#video video");
+  const video = () => byId("finished-video") ?? document.querySelector("#video video");
   const running = () => byId("stop") !== null && byId("stop").offsetParent !== null;
 
   const tell = (sentence) => {
@@ -40,19 +40,16 @@
     loop: (button) => {
       loop = !loop;
       button.setAttribute("aria-pressed", String(loop));
-      const shown = video();
-      if (shown === null) return;
-      shown.loop = loop;
-      if (loop && shown.ended) player.replay();
+      if (loop && video()?.ended) player.replay();
     },
     fullscreen: () => video().requestFullscreen(),
   };
 
+  // Not the video's own `loop`: a stream in a MediaSource comes to rest at its end with it. Media events do not bubble.
+  document.addEventListener("ended", (event) => loop && event.target === video() && player.replay(), true);
+
   const useSeed = (button) => {
-    const field = document.querySelector("#seed input");
-    field.value = button.dataset.useSeed;
-    field.dispatchEvent(new Event("input", { bubbles: true }));
-    field.dispatchEvent(new Event("change", { bubbles: true }));
+    byId("use-seed").click();
     acknowledge(button, "set");
   };
 
@@ -89,8 +86,6 @@
       const button = document.querySelector(`[data-player=${name}]`);
       if (button !== null) button.disabled = shown === null;
     }
-    if (shown !== null && shown.loop !== loop) shown.loop = loop;
-    if (!canStream && shown === null) showFinished();
   };
 
   // ---- browsers that cannot play a video while it is made get it whole
@@ -100,26 +95,13 @@
     "ManagedMediaSource" in window ||
     document.createElement("video").canPlayType("application/vnd.apple.mpegurl") !== "";
 
-  const showFinished = () => {
-    const file = document.querySelector("#download a[href], a#download[href]");
-    const done = document.querySelector("#status .sf-done") !== null;
-    const old = byId("finished-video");
-    if (!done || file === null) {
-      if (old !== null) old.remove();
-      return;
-    }
-    if (old !== null && old.src === file.href) return;
-    if (old !== null) old.remove();
-    const whole = Object.assign(document.createElement("video"), {
-      id: "finished-video",
-      src: file.href,
-      controls: true,
-      autoplay: true,
-      muted: true,
-      loop,
-    });
-    byId("video").append(whole);
-  };
+  addEventListener("sf-file", ({ detail: address }) => {
+    if (canStream) return;
+    byId("finished-video")?.remove();
+    if (address === null) return;
+    const whole = { id: "finished-video", src: address, controls: true, autoplay: true, muted: true };
+    byId("video").append(Object.assign(document.createElement("video"), whole));
+  });
 
   // ---- a video made here, dropped anywhere on the page, brings its settings back
 
@@ -128,7 +110,7 @@
   const isVideo = (file) => file.type === "video/mp4" || file.name.toLowerCase().endsWith(".mp4");
 
   const restore = (file) => {
-    const input = document.querySelector("#restore input[type=file]");
+    const input = document.querySelector("input[type=file]:has(+ #restore)");
     if (input === null) return;
     const beginning = new File([file.slice(0, RECIPE_BYTES)], "dropped.mp4", { type: "video/mp4" });
     const files = new DataTransfer();

@@ -139,11 +139,17 @@ class Page:
                         elem_id="examples",
                         api_visibility="private",
                     )
+                    # Or dropped anywhere on the page: the script hands the file to this button.
+                    self.dropped = gr.UploadButton(
+                        "Take all settings from a video made here", file_types=[".mp4"], size="sm", elem_id="restore"
+                    )
                     with gr.Accordion("Words", open=False, elem_id="words", visible=False) as self.words:
                         self.word_list = gr.HTML("", padding=False)
             with gr.Column(scale=7, min_width=320, elem_id="result"):
                 self.video = live_video(label="Video", show_label=False, elem_id="video")
-                gr.HTML(pieces.PLAYER_BUTTONS, elem_id="player", padding=False)
+                with gr.Row(elem_id="under-video"):
+                    gr.HTML(pieces.PLAYER_BUTTONS, elem_id="player", padding=False)
+                    self.download = gr.DownloadButton("Download MP4", interactive=False, size="sm", elem_id="download")
                 self.status = gr.HTML(
                     status.loading(self.worker.loading),
                     label="Status",
@@ -154,7 +160,8 @@ class Page:
                 # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
                 # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
                 self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
-                self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
+                # Pressed by the script: a button in HTML cannot set a component's value.
+                self.use_seed = gr.Button("", visible="hidden", elem_id="use-seed")
         self.place_timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
 
     def _lay_out_settings(self) -> None:
@@ -177,12 +184,6 @@ class Page:
             name: gr.Checkbox(label=label, info=info, elem_id=f"option-{name}")
             for name, (label, info) in OPTIONS.items()
         }
-        self.dropped = gr.File(
-            label="Settings from a video: drop an MP4 made here",
-            file_types=[".mp4"],
-            height=96,
-            elem_id="restore",
-        )
 
     def _fitted_settings(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
         """Component -> what of it depends on the model."""
@@ -244,6 +245,8 @@ class Page:
         )
         generating.then(self._end, [self.download, self.ticket], [self.download, self.place_timer, *buttons], **quiet)
         generating.then(None, [self.video], [self.video], js=_ASK_ONCE_MORE, **quiet)
+        generating.then(None, [self.download], None, js=_TELL_FILE, **quiet)
+        self.use_seed.click(None, None, [self.seed], js=_SHOWN_SEED, **quiet)
         self.stop.click(self._stop, None, [self.status, *buttons], **quiet)
         self.place_timer.tick(self._place, [self.ticket], [self.status, self.place_timer], **quiet)
         self.prompt.change(self._notice, [self.prompt], [self.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
@@ -279,8 +282,9 @@ class Page:
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        expected = self.generator.expected_seconds(checked)
-        ticket, place = self.generator.sessions.expect(session_of(request), expected)
+        ticket, place = self.generator.sessions.expect(
+            session_of(request), lambda: self.generator.expected_seconds(checked)
+        )
         timer = gr.Timer(active=place.ahead > 0)
         return ticket, status.waiting(place), gr.update(value=None, interactive=False), timer, *_buttons(running=True)
 
@@ -324,7 +328,7 @@ class Page:
     def _leave(self, request: gr.Request) -> None:
         session = session_of(request)
         self.generator.sessions.stop(session, abandon=True)
-        self.generator.store.forget(session)
+        self.generator.store.leave(session)
 
     def _notice(self, prompt: str) -> str:
         return pieces.prompt_notice(prompt, self._model_or_none()) if isinstance(prompt, str) else ""
@@ -398,6 +402,11 @@ _DEBOUNCE = """(text) => new Promise((resolve) => {
 
 # When a look at the playlist finds the end, hls.js does not cancel the next look that it planned before; a second does.
 _ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(video && { ...video }), 400))"
+
+
+# For browsers that cannot play a stream: the script shows them the file.
+_TELL_FILE = "(file) => { dispatchEvent(new CustomEvent('sf-file', { detail: file?.url ?? null })); return []; }"
+_SHOWN_SEED = "() => Number(document.querySelector('[data-use-seed]').dataset.useSeed)"
 
 
 def _buttons(*, running: bool) -> tuple[Any, Any]:

@@ -7,10 +7,13 @@ import secrets
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.worker import Run
+
+Expected = Callable[[], float | None]
 
 MAX_EXPECTED = 100
 """Clicks whose runs have not begun. Far fewer fit into the queue; more come from a program that clicks and leaves."""
@@ -30,16 +33,16 @@ class Ticket:
     """One click on Generate: from the click, through the queue, to the end of the run.
 
     Args:
-        expected_seconds: How long its run will take the model, if that is known.
+        expected: Tells how many seconds its run will take the model, as far as is known when it is asked.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, expected_seconds: float | None = None) -> None:
+    def __init__(self, expected: Expected = lambda: None) -> None:
         self.id = secrets.token_hex(8)
         self.number = next(self._numbers)
-        self._expected_seconds = expected_seconds
-        self._begun_at: float | None = None
+        self._expected = expected
+        self._done_at: float | None = None
         self._lock = threading.Lock()
         self._run: Run | None = None
         self.stopped = False
@@ -49,14 +52,15 @@ class Ticket:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """What is left of the expected time."""
-        if self._expected_seconds is None or self._begun_at is None:
-            return self._expected_seconds
-        return max(0.0, self._expected_seconds - (time.monotonic() - self._begun_at))
+        """Until its run will be over; None if nobody knows."""
+        return self._expected() if self._done_at is None else max(0.0, self._done_at - time.monotonic())
+
+    def will_take(self, seconds: float) -> None:
+        """Its run goes on and has this long to go."""
+        self._done_at = time.monotonic() + seconds
 
     def attach(self, run: Run) -> None:
         """Say which run this click has become."""
-        self._begun_at = time.monotonic()
         with self._lock:
             self._run = run
             stopped, abandoned = self.stopped, self.abandoned
@@ -85,9 +89,9 @@ class Sessions:
         self._unheard: Counter[str] = Counter()
         """Runs that ended here, of which the visitor's page has not heard yet."""
 
-    def expect(self, session: str, expected_seconds: float | None = None) -> tuple[str, Place]:
+    def expect(self, session: str, expected: Expected = lambda: None) -> tuple[str, Place]:
         """Note that the visitor's next run is on its way. Returns its ticket's id and its place in the queue."""
-        ticket = Ticket(expected_seconds)
+        ticket = Ticket(expected)
         with self._lock:
             # Nobody misses a stopped one: if its run still comes, `begin` knows what became of it.
             waiting = [other for other in self._waiting[session] if not other.stopped]
@@ -118,14 +122,14 @@ class Sessions:
         seconds = None if None in remaining else sum(part for part in remaining if part is not None)
         return Place(len(ahead), seconds)
 
-    def begin(self, session: str, ticket_id: str | None = None, expected_seconds: float | None = None) -> Ticket:
+    def begin(self, session: str, ticket_id: str | None = None, expected: Expected = lambda: None) -> Ticket:
         """The ticket of the run that begins now.
 
         A run without a `ticket_id` was never announced (an API client's) and gets a new ticket. A ticket that is not
         there any more was stopped, and so is the one returned for it.
         """
         with self._lock:
-            ticket = self._taken(session, ticket_id) if ticket_id else Ticket(expected_seconds)
+            ticket = self._taken(session, ticket_id) if ticket_id else Ticket(expected)
             if ticket is None:
                 ticket = Ticket()
                 ticket.stopped = True

@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 
 MAX_AGE_SECONDS = 30 * 60
 MAX_BYTES = 2_000_000_000
+GRACE_SECONDS = 2 * 60
+"""How long the videos of a visitor who has left are kept: a phone that is locked for a moment leaves, too."""
 KEPT_PER_VISITOR = 3
 
 _LOCK_NAME = "in-use.lock"
@@ -30,12 +32,20 @@ class VideoStore:
         root: Made when the first video comes.
         max_age: Seconds after which a video goes, whoever it belongs to.
         max_bytes: What all videos together may take; beyond that the oldest go.
+        grace: Seconds that the videos of a visitor who has left are kept.
     """
 
-    def __init__(self, root: Path, max_age: float = MAX_AGE_SECONDS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        root: Path,
+        max_age: float = MAX_AGE_SECONDS,
+        max_bytes: int = MAX_BYTES,
+        grace: float = GRACE_SECONDS,
+    ) -> None:
         self.root = root
         self.max_age = max_age
         self.max_bytes = max_bytes
+        self.grace = grace
         self._lock = threading.Lock()
         self._folders: defaultdict[str, list[Path]] = defaultdict(list)
 
@@ -65,12 +75,14 @@ class VideoStore:
                 del self._folders[session]
         shutil.rmtree(folder, ignore_errors=True)
 
-    def forget(self, session: str) -> None:
-        """Remove everything of a visitor who has left."""
+    def leave(self, session: str) -> None:
+        """Note that a visitor has left: what is theirs goes with the first sweep after the time of grace."""
         with self._lock:
             folders = self._folders.pop(session, [])
+        old_enough = time.time() - self.max_age + self.grace
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # gone already
+                os.utime(folder, (old_enough, min(old_enough, folder.stat().st_mtime)))
 
     def sweep(self) -> None:
         """Remove what is too old, and the oldest of what is too much."""
