@@ -32,7 +32,7 @@ from tests.server import Refused, Server, free_port, wait_until
 from web import status
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.generation import Generator
-from web.page import EXAMPLES_FILE
+from web.layout import EXAMPLES_FILE
 from web.sessions import Sessions
 from web.storage import VideoStore
 

@@ -33,14 +33,14 @@ def add_endpoints(page: Page) -> None:
     def endpoint(name: str, fn: Any, inputs: list[Any], outputs: list[Any], **settings: Any) -> None:
         gr.Button(name, visible=False).click(fn, inputs, outputs, api_name=name, **settings)
 
-    endpoint("generate", endpoints.generate, page.inputs, [video, recipe, progress], **model)
+    endpoint("generate", endpoints.generate, page.ui.inputs, [video, recipe, progress], **model)
     endpoint("stop", endpoints.stop, [], [answer], **aside)
     endpoint("options", endpoints.options, [], [answer], **aside)
     endpoint(
         "video_generation_handler_streaming",
         endpoints.video_generation_handler_streaming,
-        [page.prompt, page.seed, page.fps],
-        [page.video, page.status],
+        [page.ui.prompt, page.ui.seed, page.ui.fps],
+        [page.ui.video, page.ui.status],
         **model,
     )
 

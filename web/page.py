@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from pipeline.config import FPS_RANGE, SECONDS_RANGE, check_available
+from pipeline.config import SECONDS_RANGE, check_available
 from pipeline.errors import InvalidRequest, SelfForcingError
 from pipeline.recipe import read_recipe, request_from_recipe
 from pipeline.worker import ModelWorker
@@ -22,19 +21,17 @@ from web.adapter import AdaptedPipeline, adapted
 from web.api import add_endpoints
 from web.body_limit import BodyLimit
 from web.events import Values, refusal, session_of, shown
-from web.generation import DEFAULT_MAX_SECONDS, DEFAULT_SECONDS, Generator
-from web.player import live_video
+from web.generation import DEFAULT_MAX_SECONDS, Generator
+from web.layout import Layout
 from web.storage import VideoStore
 from web.streams import StreamMemory
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES_FILE = ROOT / "examples" / "prompts.json"
 
 QUEUE_SIZE = 16
 CACHE_CHECK_SECONDS, CACHE_AGE_SECONDS = 600, 1800
 SWEEP_SECONDS = 60
 LOADING_POLL_SECONDS = 0.25
-PLACE_POLL_SECONDS = 1.0
 
 LAUNCH_DEFAULTS: dict[str, Any] = {
     "server_name": "127.0.0.1",
@@ -49,12 +46,6 @@ LAUNCH_DEFAULTS: dict[str, Any] = {
     "run_history": False,
     "enable_monitoring": False,
     "footer_links": ["api", "settings"],
-}
-
-OPTIONS = {
-    "compile": ("torch.compile", "Compiles the model before the first frame; faster on long videos."),
-    "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
-    "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
 }
 
 
@@ -75,7 +66,7 @@ def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS) -> gr.Blo
 
 
 class Page:
-    """Builds the components and wires them to a `Generator`."""
+    """Wires the components to a `Generator`."""
 
     def __init__(self, worker: ModelWorker, max_seconds: float) -> None:
         self.worker = worker
@@ -88,14 +79,12 @@ class Page:
         )
         self.streams = StreamMemory(self.blocks)
         with self.blocks:
-            self._lay_out()
-            self.generator = Generator(worker, VideoStore(Path(self.download.GRADIO_CACHE) / "videos"), max_seconds)
+            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]))
+            self.generator = Generator(worker, VideoStore(Path(self.ui.download.GRADIO_CACHE) / "videos"), max_seconds)
             self._wire()
             add_endpoints(self)
         self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
-        self._fitted = False
-        if worker.loaded:
-            self._fit_to_model()
+        self._fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
         self.blocks.launch = functools.partial(
             self.blocks.launch,
@@ -106,136 +95,33 @@ class Page:
             **LAUNCH_DEFAULTS,
         )
 
-    # ---- layout
-
-    def _lay_out(self) -> None:
-        """Everything as it is while there is no model yet; `_fit_to_model` knows the rest."""
-        self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
-        with gr.Row(elem_id="columns", equal_height=False):
-            with gr.Column(scale=5, min_width=320, elem_id="inputs"):
-                with gr.Column(elem_id="ask"):
-                    self.prompt = gr.Textbox(
-                        label="Prompt",
-                        placeholder=f"Describe the video, for example: {_examples()[0]}",
-                        lines=3,
-                        max_lines=8,
-                        elem_id="prompt",
-                    )
-                    self.notice = gr.HTML("", elem_id="notice", padding=False)
-                    with gr.Row(elem_id="buttons"):
-                        self.generate = gr.Button(
-                            "Generate", variant="primary", size="lg", elem_id="generate", interactive=False
-                        )
-                        self.stop = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
-                with gr.Column(elem_id="more"):
-                    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                        self._lay_out_settings()
-                    gr.Examples(
-                        examples=[[prompt] for prompt in _examples()],
-                        inputs=[self.prompt],
-                        label="Try one of these",
-                        cache_examples=False,
-                        examples_per_page=20,
-                        elem_id="examples",
-                        api_visibility="private",
-                    )
-                    # Or dropped anywhere on the page: the script hands the file to this button.
-                    self.dropped = gr.UploadButton(
-                        "Take all settings from a video made here", file_types=[".mp4"], size="sm", elem_id="restore"
-                    )
-                    with gr.Accordion("Words", open=False, elem_id="words", visible=False) as self.words:
-                        self.word_list = gr.HTML("", padding=False)
-            with gr.Column(scale=7, min_width=320, elem_id="result"):
-                self.video = live_video(label="Video", show_label=False, elem_id="video")
-                with gr.Row(elem_id="under-video"):
-                    gr.HTML(pieces.PLAYER_BUTTONS, elem_id="player", padding=False)
-                    self.download = gr.DownloadButton("Download MP4", interactive=False, size="sm", elem_id="download")
-                self.status = gr.HTML(
-                    status.loading(self.worker.loading),
-                    label="Status",
-                    show_label=False,
-                    elem_id="status",
-                    padding=False,
-                )
-                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
-                # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
-                self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
-                # Pressed by the script: a button in HTML cannot set a component's value.
-                self.use_seed = gr.Button("", visible="hidden", elem_id="use-seed")
-        self.place_timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
-
-    def _lay_out_settings(self) -> None:
-        low, high = SECONDS_RANGE
-        longest = min(high, self.max_seconds)
-        fps_low, fps_high = FPS_RANGE
-        # Numbers, not sliders: what is typed arrives as it is, and the request says what is wrong with it.
-        with gr.Row(elem_id="numbers"):
-            self.seed = gr.Number(label="Seed", info="-1: random", value=-1, step=1, min_width=90, elem_id="seed")
-            self.fps = gr.Number(label="Target FPS", info=f"{fps_low:g} to {fps_high:g}", step=1, min_width=90)
-            self.seconds = gr.Number(
-                label="Length (s)",
-                info=f"{low:g} to {longest:g}",
-                value=min(DEFAULT_SECONDS, longest),
-                step=0.5,
-                min_width=90,
-            )
-        self.settings_notice = gr.HTML("", elem_id="settings-notice", padding=False)
-        self.options = {
-            name: gr.Checkbox(label=label, info=info, elem_id=f"option-{name}")
-            for name, (label, info) in OPTIONS.items()
-        }
-
-    def _fitted_settings(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
-        """Component -> what of it depends on the model."""
-        words = model.known_words()
-        unavailable = model.unavailable_options()
-        fitted = {
-            self.header: {"value": pieces.header(model)},
-            self.status: {"value": status.idle(pieces.describe(model))},
-            self.generate: {"interactive": True},
-            self.fps: {
-                "value": model.fps,
-                "info": f"{FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}; natural: {model.native_fps:g}",
-            },
-            self.settings_notice: {"value": self._checked_settings(-1, model.fps, self.seconds.value)},
-            self.words: {"label": f"The {len(words)} words this model knows", "visible": bool(words)},
-            self.word_list: {"value": pieces.word_list(words)},
-        }
-        for name, option in self.options.items():
-            if name in unavailable:
-                fitted[option] = {"info": unavailable[name], "interactive": False}
-        return fitted
-
     def _fit_to_model(self) -> None:
-        """Make the page that visitors get from now on the one for this model."""
-        if self._fitted:
+        """Make the page that visitors get from now on the one for this model, if there is one."""
+        if (model := self._model_or_none()) is None:
             return
-        self._fitted = True
-        with suppress(SelfForcingError):  # whoever started the program is told why there is none
-            for component, settings in self._fitted_settings(self.generator.pipeline).items():
-                for name, value in settings.items():
-                    setattr(component, name, value)
-            self.blocks.config = self.blocks.get_config_file()
+        for component, settings in self.ui.fitted_to(model).items():
+            for name, value in settings.items():
+                setattr(component, name, value)
+        self.blocks.config = self.blocks.get_config_file()
 
     # ---- events
 
     def _wire(self) -> None:
-        self.inputs = [self.prompt, self.seed, self.fps, self.seconds]
-        self.inputs += [self.options[name] for name in ("taehv", "fp8", "compile")]
-        buttons = [self.generate, self.stop]
+        ui = self.ui
+        buttons = [ui.generate, ui.stop]
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         # In the queue, though they never wait there: the page shows no errors of events outside of it.
         aside = {**quiet, "queue": True, "concurrency_limit": None}
-        generating = self.generate.click(
+        generating = ui.generate.click(
             self._begin,
-            self.inputs,
-            [self.ticket, self.status, self.download, self.place_timer, *buttons],
+            ui.inputs,
+            [ui.ticket, ui.status, ui.download, ui.place_timer, *buttons],
             trigger_mode="multiple",
             **aside,
         ).success(
             self._generate,
-            [*self.inputs, self.ticket],
-            [self.video, self.status, self.download],
+            [*ui.inputs, ui.ticket],
+            [ui.video, ui.status, ui.download],
             concurrency_limit=1,
             concurrency_id="model",
             trigger_mode="multiple",
@@ -243,40 +129,38 @@ class Page:
             show_progress="hidden",
             api_visibility="private",
         )
-        generating.then(self._end, [self.download, self.ticket], [self.download, self.place_timer, *buttons], **quiet)
-        generating.then(None, [self.video], [self.video], js=_ASK_ONCE_MORE, **quiet)
-        generating.then(None, [self.download], None, js=_TELL_FILE, **quiet)
-        self.use_seed.click(None, None, [self.seed], js=_SHOWN_SEED, **quiet)
-        self.stop.click(self._stop, None, [self.status, *buttons], **quiet)
-        self.place_timer.tick(self._place, [self.ticket], [self.status, self.place_timer], **quiet)
-        self.prompt.change(self._notice, [self.prompt], [self.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
+        generating.then(self._end, [ui.download, ui.ticket], [ui.download, ui.place_timer, *buttons], **quiet)
+        generating.then(None, [ui.video], [ui.video], js=_ASK_ONCE_MORE, **quiet)
+        generating.then(None, [ui.download], None, js=_TELL_FILE, **quiet)
+        ui.use_seed.click(None, None, [ui.seed], js=_SHOWN_SEED, **quiet)
+        ui.stop.click(self._stop, None, [ui.status, *buttons], **quiet)
+        ui.place_timer.tick(self._place, [ui.ticket], [ui.status, ui.place_timer], **quiet)
+        ui.prompt.change(self._notice, [ui.prompt], [ui.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
         gr.on(
-            [self.seed.change, self.fps.change, self.seconds.change],
+            [ui.seed.change, ui.fps.change, ui.seconds.change],
             self._checked_settings,
-            [self.seed, self.fps, self.seconds],
-            [self.settings_notice],
+            [ui.seed, ui.fps, ui.seconds],
+            [ui.settings_notice],
             trigger_mode="always_last",
             **quiet,
         )
-        self.dropped.upload(self._restore, [self.dropped], [self.dropped, *self.inputs, self.notice], **aside)
-        if not self.worker.loaded:
-            fitted = [self.header, self.status, self.generate, self.fps, self.settings_notice, self.words]
-            self.fitted = [*fitted, self.word_list, *self.options.values()]
-            self.blocks.load(self._arrive, None, self.fitted, **aside)
+        ui.dropped.upload(self._restore, [ui.dropped], [ui.dropped, *ui.inputs, ui.notice], **aside)
+        if self._model_or_none() is None:
+            self.blocks.load(self._arrive, None, ui.fitted, **aside)
         self.blocks.unload(self._leave)
 
     async def _arrive(self) -> AsyncIterator[Values]:
         """Tell somebody who came before the model how far it is, then make their page fit it."""
-        waits = {component: gr.skip() for component in self.fitted}
+        waits = {component: gr.skip() for component in self.ui.fitted}
         while not self.worker.loaded:
-            yield tuple({**waits, self.status: status.loading(self.worker.loading)}.values())
+            yield tuple({**waits, self.ui.status: status.loading(self.worker.loading)}.values())
             await asyncio.sleep(LOADING_POLL_SECONDS)
         try:
             model = self.generator.pipeline
         except SelfForcingError as error:
-            yield tuple({**waits, self.status: status.failed(str(error))}.values())
+            yield tuple({**waits, self.ui.status: status.failed(str(error))}.values())
             return
-        fitted = {component: gr.update(**new) for component, new in self._fitted_settings(model).items()}
+        fitted = {component: gr.update(**new) for component, new in self.ui.fitted_to(model).items()}
         yield tuple({**waits, **fitted}.values())
 
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
@@ -344,7 +228,7 @@ class Page:
     def _restore(self, path: str | None) -> Values:
         """Every setting of a video that was made here. The file itself is not kept."""
         if path is None:
-            return tuple(gr.skip() for _ in range(len(self.inputs) + 2))
+            return tuple(gr.skip() for _ in range(len(self.ui.inputs) + 2))
         try:
             recipe = read_recipe(path)
             restored = request_from_recipe(recipe)
@@ -403,15 +287,11 @@ _DEBOUNCE = """(text) => new Promise((resolve) => {
 # When a look at the playlist finds the end, hls.js does not cancel the next look that it planned before; a second does.
 _ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(video && { ...video }), 400))"
 
-
 # For browsers that cannot play a stream: the script shows them the file.
 _TELL_FILE = "(file) => { dispatchEvent(new CustomEvent('sf-file', { detail: file?.url ?? null })); return []; }"
+
 _SHOWN_SEED = "() => Number(document.querySelector('[data-use-seed]').dataset.useSeed)"
 
 
 def _buttons(*, running: bool) -> tuple[Any, Any]:
     return gr.update(visible=not running), gr.update(visible=running)
-
-
-def _examples() -> list[str]:
-    return json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))

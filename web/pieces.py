@@ -53,11 +53,16 @@ def prompt_notice(prompt: str, model: AdaptedPipeline | None) -> str:
         length = len(clean_prompt(prompt)) if len(prompt) <= 100 * MAX_PROMPT_CHARS else len(prompt)
         if length > MAX_PROMPT_CHARS:
             return _notice(f"{length:,} characters; at most {MAX_PROMPT_CHARS:,} are allowed.", wrong=True)
-    unknown = model.unknown_words(prompt) if model else []
-    if not unknown:
-        return ""
-    words = ", ".join(f"<b>{escape(word)}</b>" for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
-    return _notice(f"Not known to this model, or too far back, so it ignores: {words}")
+    ignored = model.unknown_words(prompt) if model else []
+    known = set(model.known_words()) if ignored and model else set()
+    unknown, unread = [w for w in ignored if w not in known], [w for w in ignored if w in known]
+    return (_notice(f"Not known to this model, so it ignores: {_words(unknown)}") if unknown else "") + (
+        _notice(f"Too far back for this model to read: {_words(unread)}") if unread else ""
+    )
+
+
+def _words(words: list[str], shown: int = 12) -> str:
+    return ", ".join(f"<b>{escape(word)}</b>" for word in words[:shown]) + (" …" if len(words) > shown else "")
 
 
 def settings_notice(
