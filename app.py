@@ -127,6 +127,8 @@ def serve(
         ) from error
     address = public or local
     try:
+        if options.share and not public:
+            say("There is no share link: gradio.live could not be reached. The page is on this machine only.")
         say(f"Open {address} in a browser. Ctrl-C stops.")
         if options.mcp:
             say(f"MCP clients connect to {address.rstrip('/')}{MCP_PATH}.")
