@@ -253,7 +253,7 @@ def test_out_of_memory_is_recognised_by_every_name(pipe, worker, error: Exceptio
 def test_failed_runs_are_forgotten_by_all_but_whoever_caught_the_error(source: str) -> None:
     """An error knows the frames it went through, and with them the run and what was made of it so far."""
     pipeline = ScriptedPipeline(spec=replace(SPEC, height=24, width=64))
-    errors, runs = [], []
+    errors, asked, runs = [], [], []
     with ModelWorker(pipeline if source == "run" else raiser(SelfForcingError("There is no model."))) as worker:
         for _ in range(3):
             pipeline.faults[1, 1] = SelfForcingError("It broke.")
@@ -263,10 +263,14 @@ def test_failed_runs_are_forgotten_by_all_but_whoever_caught_the_error(source: s
             runs.append(weakref.ref(run))
             errors.append(len(caught.traceback))
             del run, caught
+            if source == "load":
+                with pytest.raises(SelfForcingError) as caught:
+                    worker.wait_ready(5)
+                asked.append(len(caught.traceback))
         wait_until(lambda: not worker.busy)
         gc.collect()
         assert [run() for run in runs] == [None] * 3
-        assert len(set(errors)) == 1, "no trace grows from run to run"
+        assert len(set(errors)) == 1 and len(set(asked)) <= 1, "no trace grows from run to run"
 
 
 @pytest.mark.parametrize(
