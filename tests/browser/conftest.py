@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import app
+from tests.browser.visitor import wait_until
 from tests.scripted import ScriptedPipeline
 
 RECORDER = Path(__file__).parent / "recorder.js"
@@ -57,6 +58,7 @@ class Site:
         pipeline = self.pipeline
         if not isinstance(pipeline, ScriptedPipeline):
             return
+        wait_until(None, lambda: len(pipeline.intervals) == len(pipeline.requests))  # a run whose tab was closed
         pipeline.step_seconds, pipeline.on_step = 0.02, None
         for record in (pipeline.faults, pipeline.requests, pipeline.made, pipeline.intervals, pipeline.stamps):
             record.clear()
@@ -105,9 +107,13 @@ def open_page(browser, site: Site) -> Iterator[Callable]:
         page.wait_for_selector("#generate")
         return page
 
+    def close_all() -> None:
+        while contexts:
+            contexts.pop().close()
+
+    open_page.reset = close_all
     yield open_page
-    for context in contexts:
-        context.close()
+    close_all()
     assert errors == []
     assert [url for url in foreign if not url.startswith(site.url)] == []
 

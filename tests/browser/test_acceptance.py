@@ -52,7 +52,7 @@ FAST = Pace(fps=16, seconds=5, step_seconds=0.07)
 CALM = Pace(fps=6, seconds=9.5, step_seconds=0.15)
 BRISK = Pace(fps=24, seconds=4, step_seconds=0.125)  # about as fast as it is played: not without a pre-buffer
 SLOW = Pace(fps=16, seconds=3.5, step_seconds=0.5625)  # a third of real time
-LONG = Pace(fps=16, seconds=60, step_seconds=0.1)
+LONG = Pace(fps=16, seconds=60, step_seconds=0.04)
 
 
 @dataclass
@@ -106,6 +106,7 @@ class Showings:
         return self._played[pace]
 
     def reset(self) -> None:
+        self._open_page.reset()
         self._site.reset()
         self._played.pop(self._last, None)
 
@@ -272,7 +273,7 @@ def test_closing_the_tab_frees_the_model(open_page, site) -> None:
 @retried
 def test_two_visitors_each_see_and_get_their_own_video(open_page, site, tmp_path) -> None:
     """Check 11."""
-    site.pipeline.step_seconds = 0.05
+    site.pipeline.step_seconds = 0.08
     first, second = open_page(), open_page()
     ask(first, seconds=3)
     ask(second, seconds=2)
