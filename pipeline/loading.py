@@ -1,7 +1,8 @@
 """How far the loading of a model has come, told by whoever loads to whoever waits.
 
-As with `control.checkpoint`, the two are far apart: a part's file is read deep inside `from_pretrained`, and a page wants
-to show it. Between them lies a `ContextVar`, so that loading takes no argument for it and works alike when nobody waits.
+As with `control.checkpoint`, the two are far apart: a part's file is read deep inside `from_pretrained`, and a page
+wants to show it. Between them lies a `ContextVar`, so that loading takes no argument for it and works alike when nobody
+waits.
 """
 
 from __future__ import annotations

@@ -184,7 +184,10 @@ class Generator:
         if streamed:
             time.sleep(max(0.0, last_segment + TAIL_SECONDS - time.monotonic()))
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # or the error and this frame, with all its segments, would keep each other alive
 
     def _write(self, encoder: SegmentEncoder, meter: RunMeter, recipe: dict[str, Any], session: str) -> str:
         # The name is the program's own, never the visitor's words; the folder cannot be guessed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, SECONDS_RANGE, checked_number, checked_seed, clean_prompt
+from pipeline.config import FPS_RANGE, SECONDS_RANGE, checked_number, checked_prompt, checked_seed
 from pipeline.errors import InvalidRequest
 from web.adapter import AdaptedPipeline
 
@@ -49,10 +49,12 @@ def word_list(words: list[str]) -> str:
 
 def prompt_notice(prompt: str, model: AdaptedPipeline | None) -> str:
     """What is wrong with a prompt, or what the model will make of it; empty if there is nothing to say."""
-    if len(prompt) > MAX_PROMPT_CHARS:
-        length = len(clean_prompt(prompt)) if len(prompt) <= 100 * MAX_PROMPT_CHARS else len(prompt)
-        if length > MAX_PROMPT_CHARS:
-            return _notice(f"{length:,} characters; at most {MAX_PROMPT_CHARS:,} are allowed.", wrong=True)
+    if not prompt.strip():
+        return ""
+    try:
+        checked_prompt(prompt)
+    except InvalidRequest as error:
+        return _notice(escape(str(error)), wrong=True)
     ignored = model.unknown_words(prompt) if model else []
     known = set(model.known_words()) if ignored and model else set()
     unknown, unread = [w for w in ignored if w not in known], [w for w in ignored if w in known]

@@ -229,7 +229,7 @@ def test_wrong_numbers_are_named_before_the_run(open_page) -> None:
     page.get_by_label("Length (s)").fill("99")
     page.get_by_text("seconds is 99, but must be a number from 0.1 to 60.").wait_for()
     page.get_by_label("Prompt").fill("ball " * 500)
-    page.get_by_text("2,499 characters; at most 2,000 are allowed.").wait_for()
+    page.get_by_text("The prompt has 2,499 characters; at most 2,000 are allowed.").wait_for()
 
 
 def test_the_tab_key_goes_through_the_page_in_order(open_page) -> None:
