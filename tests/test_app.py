@@ -28,7 +28,8 @@ from pipeline.recipe import read_recipe
 from pipeline.worker import ModelWorker
 from tests.media import read_media
 from tests.scripted import SPEC, ScriptedPipeline, paint, read_code
-from tests.server import Refused, Server, free_port, wait_until
+from tests.server import Refused, Server, free_port
+from tests.waiting import wait_until
 from web import status
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.generation import Generator
