@@ -13,6 +13,14 @@ import httpx
 import app
 from web.page import Page
 
+SCRIPTED_PROGRAM = """
+import sys
+import app
+from tests.scripted import ScriptedPipeline
+sys.exit(app.main(load=lambda folder, device: ScriptedPipeline()))
+"""
+"""`python app.py` with a scripted model, for `python -c`. It wants a `--model` folder, which may hold anything."""
+
 
 class Server:
     """A running page, and a visitor of it who speaks HTTP.
