@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from gradio import processing_utils
 
 import app
 from pipeline.config import clean_prompt
@@ -120,6 +121,7 @@ PAYLOADS: list[Any] = [
 def test_a_value_that_points_to_a_file_of_the_server_goes_nowhere(server: Server, monkeypatch, payload: Any) -> None:
     reached = []
     monkeypatch.setattr(page, "read_recipe", lambda path: reached.append(path))
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, **_: reached.append(url))
     monkeypatch.setattr(server.page.generator.sessions, "settle", lambda *arguments: reached.append(arguments))
     events = FILE_EVENTS if not isinstance(payload, dict) or "is_stream" not in payload else ("_restore",)
     for event in events:
