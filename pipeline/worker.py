@@ -386,7 +386,8 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     """What the visitor is told of an error in the model. The log gets all of it; memory gets back what it held."""
     expected = isinstance(error, SelfForcingError)
     if not isinstance(error, InvalidRequest | OptionUnavailable):  # those are the visitor's, and were told in full
-        logger.error("%s failed", job.id, exc_info=error)
+        # As text: a log that keeps its records must not keep the error, and with it the run.
+        logger.error("%s failed\n%s", job.id, "".join(traceback.format_exception(error)))
     _clear_traces(error)
     if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
         free_memory()
