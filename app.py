@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import os
 import signal
@@ -26,7 +27,7 @@ from pipeline.cli import (
 )
 from pipeline.config import SECONDS_RANGE
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
-from pipeline.loading import report_loading
+from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.worker import ModelWorker
 from web.generation import DEFAULT_MAX_SECONDS
 from web.page import build_app
@@ -39,6 +40,9 @@ EXIT_BAD_INPUT = 2
 
 POLL_SECONDS = 0.5
 """How long to wait in one go: on Windows Ctrl-C does not interrupt a wait."""
+
+_ADDRESS_ERRORS = (None, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+"""Gradio's own "no free port" has no number."""
 
 MCP_PATH = "/gradio_api/mcp/"
 
@@ -95,7 +99,7 @@ def make_home() -> TemporaryHome:
 def warmed_up(pipeline: StreamingPipeline) -> StreamingPipeline:
     """What happens only once, kernels being chosen and memory fetched, need not happen in front of a visitor."""
     if hasattr(pipeline, "warm_up"):
-        report_loading("Warming up", 0.9)
+        report_loading("Warming up", LOADED_SHARE)
         pipeline.warm_up()
     return pipeline
 
@@ -121,9 +125,18 @@ def serve(
             prevent_thread_lock=True,
         )
     except OSError as error:
+        if error.errno not in _ADDRESS_ERRORS:
+            raise SelfForcingError(
+                f"The page could not be started ({error.strerror or type(error).__name__})."
+            ) from error
         raise InvalidRequest(
             f"Port {options.port} on {options.host} cannot be used: another program has it, or the address is not this "
             "machine's. Choose another one with --port."
+        ) from error
+    except ValueError as error:  # the check whether the page answers: a proxy may stand in front of the machine itself
+        raise SelfForcingError(
+            "The page was started, but this machine cannot reach it. If a proxy is set, add localhost and 127.0.0.1 to "
+            "NO_PROXY."
         ) from error
     address = public or local
     try:

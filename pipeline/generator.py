@@ -19,7 +19,7 @@ from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.folder import ModelFolder
-from pipeline.loading import report_loading
+from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
 from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
@@ -27,6 +27,8 @@ from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 from pipeline.wan_layers import speed_up
+
+WARM_UP_SECONDS = 10.0
 
 
 class SelfForcingPipeline:
@@ -91,7 +93,7 @@ class SelfForcingPipeline:
         source = ModelFolder(folder)
 
         def load(name: str) -> Any:
-            report_loading(f"Loading the {name.replace('_', ' ')}", source.share_before(name))
+            report_loading(f"Loading the {name.replace('_', ' ')}", LOADED_SHARE * source.share_before(name))
             return source.load(name, dtype).to(target)
 
         # In the order of `CLASSES`, so that what is reported only grows.
@@ -185,10 +187,11 @@ class SelfForcingPipeline:
             finished = latents
 
     def warm_up(self) -> None:
-        """Make two blocks for nobody: whatever happens once only, happens now and not in front of the first visitor."""
+        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor."""
         seconds = self.spec.frames_in(2) / self.spec.fps
-        for _ in self.stream(GenerationRequest(prompt="a first look around", seed=0, seconds=seconds)):
-            pass
+        for block in self.stream(GenerationRequest(prompt="a first look around", seed=0, seconds=seconds)):
+            if block.elapsed > WARM_UP_SECONDS:  # a large model on a small machine: the visitor is better off now
+                break
 
     def generate(self, request: GenerationRequest) -> GeneratedVideo:
         """The whole clip at once: the drained stream."""

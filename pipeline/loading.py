@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+LOADED_SHARE = 0.9
+"""Of all the work, once everything is read and only a first run is still to come."""
+
 
 @dataclass(frozen=True)
 class LoadingState:

@@ -88,6 +88,14 @@ class Server:
                 return values or [event["output"]["data"]]
         raise AssertionError("the stream of events ended before the run")
 
+    def click(self, *inputs, session: str) -> list:
+        """As `run`, but with all that a click on Generate does on the page, before and after the run."""
+        ticket = self.run(*inputs, name="_begin", session=session)[-1][0]
+        try:
+            return self.run(*inputs, ticket, session=session)
+        finally:
+            self.call("_end", ticket, session=session)
+
     def call(self, name: str, *data, session: str = "s") -> list:
         """The answer of an event outside of the queue."""
         body = {"data": data, "fn_index": self.fn_index(name), "session_hash": session}

@@ -33,7 +33,7 @@ from web import status
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.generation import Generator
 from web.layout import EXAMPLES_FILE
-from web.sessions import Sessions
+from web.sessions import MAX_EXPECTED, Sessions
 from web.storage import VideoStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,41 +267,111 @@ def test_status_escapes_everything() -> None:
 
 def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:
     sessions = Sessions()
-    (first, at_once), (second, later) = sessions.expect("a"), sessions.expect("b")
-    assert (at_once.ahead, later.ahead) == (0, 1)
-    ticket = sessions.begin("b", second)
-    assert sessions.stop("a") == "waiting" and not ticket.stopped
-    assert sessions.begin("a", first).stopped, "the run that waited"
+    first, second = sessions.expect("a"), sessions.expect("b")
+    assert sessions.begin("b", second.id) is second
+    assert sessions.stop("a") == "waiting" and not second.stopped
+    assert sessions.begin("a", first.id).stopped, "the run that waited"
     assert not sessions.begin("a").stopped, "a new one"
-    assert sessions.stop("b") == "running" and ticket.stopped and sessions.stop("b") == "none"
-    sessions.end("b", ticket)
+    assert sessions.stop("b") == "running" and second.stopped and sessions.stop("b") == "none"
+    sessions.end("b", second)
     assert not sessions.busy("b") and sessions.busy("a")
 
 
 def test_a_click_whose_run_never_comes_spoils_no_later_one() -> None:
     sessions = Sessions()
-    lost, _ = sessions.expect("a")  # the queue was full, or the connection gone
-    assert sessions.stop("a") == "waiting"
-    following, place = sessions.expect("a")
-    assert place.ahead == 0, "a stopped run is in nobody's way"
-    ticket = sessions.begin("a", following)
-    assert not ticket.stopped
-    assert sessions.begin("a", lost).stopped, "it came after all"
-    sessions.end("a", ticket, announced=True)
+    lost = sessions.expect("a")  # the queue was full, or the connection gone
+    assert sessions.stop("a") == "waiting" and not sessions.busy("a")
+    following = sessions.expect("a")
+    assert sessions.begin("a", following.id) is following and not following.stopped
+    assert sessions.begin("a", lost.id).stopped, "it came after all"
 
 
 def test_a_click_that_comes_to_nothing_is_dropped_and_a_later_one_is_not() -> None:
     sessions = Sessions()
-    lost, _ = sessions.expect("a")
-    sessions.settle("a", lost)
-    assert not sessions.busy("a") and sessions.expect("b")[1].ahead == 0
-    first, _ = sessions.expect("a")
-    ticket = sessions.begin("a", first)
+    lost = sessions.expect("a")
+    assert sessions.settle("a", lost.id) is None and not sessions.busy("a")
+    first = sessions.expect("a")
+    sessions.begin("a", first.id)
     sessions.stop("a")
-    second, _ = sessions.expect("a")
-    sessions.end("a", ticket, announced=True)
-    sessions.settle("a", second)  # of the first one's end; the page shows the second one's ticket by now
-    assert sessions.busy("a") and not sessions.begin("a", second).stopped
+    second = sessions.expect("a")
+    sessions.end("a", first)
+    # Of the first one's end; the page shows the second one's ticket by now.
+    assert sessions.settle("a", second.id) is first
+    assert sessions.busy("a") and sessions.begin("a", second.id) is second and not second.stopped
+
+
+def test_what_has_said_its_last_word_cannot_be_stopped() -> None:
+    sessions = Sessions()
+    ticket = sessions.begin("a")
+    ticket.finished = True
+    assert not sessions.busy("a") and sessions.stop("a") == "none"
+
+
+def test_made_up_clicks_stop_nobody_and_leave_nothing_behind() -> None:
+    sessions = Sessions()
+    honest = sessions.expect("honest")
+    for number in range(3 * MAX_EXPECTED):
+        sessions.expect(f"stranger {number}")
+    assert sessions.place("honest", []) is None and len(sessions._waiting) == MAX_EXPECTED
+    assert not sessions.begin("honest", honest.id).stopped
+    foreign = sessions.expect("b")
+    assert sessions.begin("a", foreign.id) is not foreign, "another visitor's ticket"
+    for number in range(100):
+        sessions.end(f"c{number}", sessions.begin(f"c{number}", "made up"))
+    assert not sessions._unheard
+
+
+def test_a_place_counts_everybody_and_guesses_only_what_is_known() -> None:
+    sessions = Sessions()
+    sessions.begin("running", sessions.expect("running", lambda: 10.0).id).will_take(4)
+    sessions.expect("waiting", lambda: 20.0)
+    sessions.expect("me")
+    place = sessions.place("me", ["running", "waiting"])
+    assert place.ahead == 2 and place.seconds == pytest.approx(24, abs=0.5)
+    assert sessions.place("me", ["running", "a program"]).seconds is None
+    sessions.stop("waiting")
+    assert sessions.place("me", ["running", "waiting"]).seconds == pytest.approx(4, abs=0.5), "it is gone in a moment"
+    assert sessions.place("waiting", []) is None, "stopped"
+
+
+def test_the_queue_cannot_be_walked_around(server: Server) -> None:
+    queued = [index for index, fn in server.demo.fns.items() if fn.queue]
+    assert len(queued) >= 4
+    for index in queued:
+        body = {"data": ["a ball", 7, 16, 1, False, False, False, None], "fn_index": index, "session_hash": "s"}
+        assert server.http.post("/run/predict", json=body).status_code == 404
+    assert server.http.post("/run/generate", json={"data": ["a ball"]}).status_code == 404
+    assert server.pipeline.requests == []
+
+
+def test_stopping_in_the_last_moment_leaves_the_result(server: Server) -> None:
+    session = uuid.uuid4().hex
+    values = []
+    server.join("a red ball", 7, 16, 1, False, False, False, session=session)
+    for event in server.events(session):
+        values.append(event)
+        text = json.dumps(event.get("output", ""))
+        if "Finished" in text and event["msg"] == "process_generating":
+            status_html = server.call("_stop", session=session)[0]
+            assert "Stop" not in json.dumps(status_html)
+    assert any("Finished" in json.dumps(event.get("output", "")) for event in values)
+
+
+def test_one_visitor_makes_one_video_at_a_time(server: Server) -> None:
+    session = uuid.uuid4().hex
+    server.pipeline.step_seconds = 0.05
+    inputs = ("a red ball", 7, 16, 2, False, False, False)
+    with server.http.stream("GET", f"/heartbeat/{session}"):
+        assert server.join(*inputs, session=session, name="_begin").status_code == 200
+        first = next(event for event in server.events(session) if event["msg"] == "process_completed")
+        assert first["success"]
+        server.join(*inputs, session=session, name="_begin")
+        second = next(event for event in server.events(session) if event["msg"] == "process_completed")
+        assert not second["success"] and "is being made" in second["output"]["error"]
+        server.call("_stop", session=session)
+        server.join(*inputs, session=session, name="_begin")
+        third = next(event for event in server.events(session) if event["msg"] == "process_completed")
+        assert third["success"]
 
 
 # ---- the program

@@ -23,13 +23,13 @@ from pipeline.recipe import read_recipe
 from tests.resources import disk_bytes, peak_resident_bytes, resident_bytes
 from tests.scripted import ScriptedPipeline
 from tests.server import Refused, Server
+from tests.waiting import wait_until
 from web import generation, page, pieces
 from web.adapter import adapted
 from web.body_limit import MAX_BODY_BYTES
 from web.storage import TemporaryHome, sweep_uploads
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE_EVENTS = ("_restore", "_end")
 """The events that take a file from the visitor."""
 
 
@@ -122,12 +122,9 @@ def test_a_value_that_points_to_a_file_of_the_server_goes_nowhere(server: Server
     reached = []
     monkeypatch.setattr(page, "read_recipe", lambda path: reached.append(path))
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, **_: reached.append(url))
-    monkeypatch.setattr(server.page.generator.sessions, "settle", lambda *arguments: reached.append(arguments))
-    events = FILE_EVENTS if not isinstance(payload, dict) or "is_stream" not in payload else ("_restore",)
-    for event in events:
-        with pytest.raises(Refused) as refused:
-            server.run(payload, *([] if event == "_restore" else ["ticket"]), name=event)
-        assert_tells_nothing(f"{refused.value} {refused.value.values}")
+    with pytest.raises(Refused) as refused:
+        server.run(payload, name="_restore")
+    assert_tells_nothing(f"{refused.value} {refused.value.values}")
     assert reached == []
 
 
@@ -135,7 +132,9 @@ def test_a_folder_in_place_of_a_file_is_refused_and_stays(server: Server, home: 
     payload = {"path": str(home.path), **DATA}
     for index, event in server.demo.fns.items():
         data = [payload if hasattr(component, "temp_files") else None for component in event.inputs]
-        server.http.post("/run/predict", json={"data": data, "fn_index": index, "session_hash": "s"})
+        body = {"data": data, "fn_index": index, "session_hash": "s"}
+        server.http.post("/queue/join" if event.queue else "/run/predict", json=body)
+    wait_until(lambda: len(server.demo._queue) == 0 and server.idle)
     noted = set().union(*(component.temp_files for component in server.demo.blocks.values()))
     assert str(home.path) not in noted, "or nothing would ever be removed again"
     assert home.path.is_dir()
@@ -226,7 +225,7 @@ def test_broken_off_uploads_go_by_age_and_by_size(server: Server, home: Temporar
     sweep_uploads(home.path, max_bytes=1000)
     assert Path(path).exists() and disk_bytes(home.path) < 1000
     sweep_uploads(home.path, max_age=-1)
-    assert [entry.name for entry in home.path.iterdir()] == ["in-use.lock"]
+    assert list(home.path.iterdir()) == []
 
 
 # ---- F4: who can reach the page

@@ -24,7 +24,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_python_snippet_runs() -> None:
-    (snippet,) = blocks("python")
+    (snippet,) = [block for block in blocks("python") if "SelfForcingPipeline" in block]
     result = run("-c", snippet)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
@@ -56,7 +56,7 @@ def test_ci_runs_exactly_the_test_command() -> None:
 def test_documented_options_exist(program: tuple[str, ...]) -> None:
     shown = run(*program, "--help").stdout
     section = README.split("## The command line")[1] if program[0] == "-m" else README.split("## The command line")[0]
-    section = section.split("## From Python")[0]
+    section = section.split("## From other programs")[0]
     for option in set(re.findall(r"--[a-z][a-z0-9-]+", section)) - {"--index-url"}:
         assert option in shown, option
 

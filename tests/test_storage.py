@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from gradio.route_utils import MediaStream
 
+import app
+from pipeline.errors import SelfForcingError
 from web.storage import KEPT_PER_VISITOR, TemporaryHome, VideoStore, sweep_uploads
 from web.streams import StreamMemory
 
@@ -120,10 +122,10 @@ def test_uploads_go_by_age_and_by_size_and_nothing_else_does(tmp_path: Path) -> 
         make_old(home.path / "videos", 5000)
         sweep_uploads(home.path, max_age=1000, max_bytes=10_000)
         left = {entry.name for entry in home.path.iterdir()}
-        assert left == {"older", "young", "videos", "in-use.lock"}
+        assert left == {"older", "young", "videos"}
         sweep_uploads(home.path, max_age=1000, max_bytes=500)
         left = {entry.name for entry in home.path.iterdir()}
-        assert left == {"young", "videos", "in-use.lock"} and video.exists()
+        assert left == {"young", "videos"} and video.exists()
     finally:
         home.close()
 
@@ -152,6 +154,25 @@ def test_two_programs_have_homes_beside_each_other(tmp_path: Path) -> None:
     first.close()
     assert second.path.is_dir()
     second.close()
+
+
+def test_a_folder_that_others_use_as_well_keeps_what_is_theirs(tmp_path: Path) -> None:
+    theirs = tmp_path / "holidays" / "film.mp4"
+    theirs.parent.mkdir()
+    theirs.write_bytes(bytes(1000))
+    make_old(theirs.parent, 10_000)
+    VideoStore(tmp_path, max_age=10, max_bytes=1).sweep()
+    assert theirs.exists()
+
+
+def test_a_home_that_somebody_else_has_prepared_is_refused(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"self-forcing-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError):
+        TemporaryHome(tmp_path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with pytest.raises(SelfForcingError, match="belongs to somebody else"):
+        app.make_home()
 
 
 def test_a_folder_without_a_lock_may_belong_to_somebody(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from web.page import Page
 
 
+MODEL_QUEUE = "model"
+"""What everything that makes video waits in."""
+
+
 def add_endpoints(page: Page) -> None:
     """Add `/generate`, `/stop`, `/options` and `/video_generation_handler_streaming` to the page's blocks."""
     endpoints = Endpoints(page)
@@ -27,7 +31,7 @@ def add_endpoints(page: Page) -> None:
     recipe = gr.JSON(label="Recipe", visible=False)
     progress = gr.JSON(label="Progress", visible=False)
     answer = gr.JSON(label="Answer", visible=False)
-    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+    model: dict[str, Any] = {"concurrency_id": MODEL_QUEUE, "concurrency_limit": 1, "show_progress": "hidden"}
     aside: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
     def endpoint(name: str, fn: Any, inputs: list[Any], outputs: list[Any], **settings: Any) -> None:

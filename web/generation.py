@@ -115,15 +115,15 @@ class Generator:
         Args:
             request: What to make.
             session: Whose run it is.
-            ticket_id: That of `Sessions.expect`, if it was asked.
+            ticket_id: Of the ticket from `Sessions.expect`, if it was asked.
             streamed: Whether somebody plays the segments. Otherwise there are none, and no time is left to a player.
 
         Raises:
             SelfForcingError: after the last update, which holds what was made until then.
         """
         ticket = self.sessions.begin(session, ticket_id, lambda: self.expected_seconds(request))
-        meter = RunMeter(self.pipeline.plan(request))
         try:
+            meter = RunMeter(self.pipeline.plan(request))
             if ticket.stopped:  # while it stood in the queue
                 yield Update(state="stopped", meter=meter)
                 return
@@ -134,7 +134,7 @@ class Generator:
                 ticket.attach(run)
                 yield from self._show(run, ticket, session, meter, streamed)
         finally:
-            self.sessions.end(session, ticket, announced=bool(ticket_id))
+            self.sessions.end(session, ticket)
 
     def _show(self, run: Run, ticket: Ticket, session: str, meter: RunMeter, streamed: bool) -> Iterator[Update]:
         options = _options(run.request)
@@ -179,10 +179,12 @@ class Generator:
             except VideoError as error:
                 logger.error("%s could not be written", run.id, exc_info=error)
                 failure = failure or error
+        ticket.finished, ticket.has_file = True, file is not None
         if failure is not None:
             yield Update(state="failed", meter=meter, file=file, recipe=recipe, message=str(failure))
         else:
-            state: Literal["stopped", "finished"] = "stopped" if run.stopped or encoder is None else "finished"
+            whole = meter.frames > 0 and (not run.stopped or meter.share == 1.0)
+            state: Literal["stopped", "finished"] = "finished" if whole else "stopped"
             yield Update(state=state, meter=meter, file=file, recipe=recipe)
         if streamed:
             time.sleep(max(0.0, last_segment + TAIL_SECONDS - time.monotonic()))

@@ -17,6 +17,7 @@ from web.player import live_video
 
 EXAMPLES_FILE = Path(__file__).resolve().parent.parent / "examples" / "prompts.json"
 
+ARRIVAL_POLL_SECONDS = 0.4
 PLACE_POLL_SECONDS = 1.0
 
 OPTIONS = {
@@ -37,57 +38,55 @@ class Layout:
     def __init__(self, loading: LoadingState, longest: float) -> None:
         self._longest = longest
         self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
+        gr.HTML(pieces.ANNOUNCEMENTS, elem_id="announcements", padding=False)
+        # In the order in which a phone shows them, and the Tab key goes; a wide window has the second at the right.
         with gr.Row(elem_id="columns", equal_height=False):
-            with gr.Column(scale=5, min_width=320, elem_id="inputs"):
-                with gr.Column(elem_id="ask"):
-                    self.prompt = gr.Textbox(
-                        label="Prompt",
-                        placeholder=f"Describe the video, for example: {_examples()[0]}",
-                        lines=3,
-                        max_lines=8,
-                        elem_id="prompt",
+            with gr.Column(min_width=0, elem_id="ask"):
+                self.prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder=f"Describe the video, for example: {_examples()[0]}",
+                    lines=3,
+                    max_lines=8,
+                    elem_id="prompt",
+                )
+                self.notice = gr.HTML("", elem_id="notice", padding=False)
+                with gr.Row(elem_id="buttons"):
+                    self.generate = gr.Button(
+                        "Generate", variant="primary", size="lg", elem_id="generate", interactive=False
                     )
-                    self.notice = gr.HTML("", elem_id="notice", padding=False)
-                    with gr.Row(elem_id="buttons"):
-                        self.generate = gr.Button(
-                            "Generate", variant="primary", size="lg", elem_id="generate", interactive=False
-                        )
-                        self.stop = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
-                with gr.Column(elem_id="more"):
-                    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                        self._lay_out_settings(longest)
-                    gr.Examples(
-                        examples=[[prompt] for prompt in _examples()],
-                        inputs=[self.prompt],
-                        label="Try one of these",
-                        cache_examples=False,
-                        examples_per_page=20,
-                        elem_id="examples",
-                        api_visibility="private",
-                    )
-                    # Or dropped anywhere on the page: the script hands the file to this button.
-                    self.dropped = gr.UploadButton(
-                        "Take all settings from a video made here", file_types=[".mp4"], size="sm", elem_id="restore"
-                    )
-                    with gr.Accordion("Words", open=False, elem_id="words", visible=False) as self.words:
-                        self.word_list = gr.HTML("", padding=False)
-            with gr.Column(scale=7, min_width=320, elem_id="result"):
+                    self.stop = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
+            with gr.Column(min_width=0, elem_id="result"):
                 self.video = live_video(label="Video", show_label=False, elem_id="video")
                 with gr.Row(elem_id="under-video"):
                     gr.HTML(pieces.PLAYER_BUTTONS, elem_id="player", padding=False)
                     self.download = gr.DownloadButton("Download MP4", interactive=False, size="sm", elem_id="download")
                 self.status = gr.HTML(
-                    status.loading(loading),
-                    label="Status",
-                    show_label=False,
-                    elem_id="status",
-                    padding=False,
+                    status.loading(loading), label="Status", show_label=False, elem_id="status", padding=False
                 )
                 # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
                 # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
                 self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
                 # Pressed by the script: a button in HTML cannot set a component's value.
                 self.use_seed = gr.Button("", visible="hidden", elem_id="use-seed")
+            with gr.Column(min_width=0, elem_id="more"):
+                with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                    self._lay_out_settings(longest)
+                gr.Examples(
+                    examples=[[prompt] for prompt in _examples()],
+                    inputs=[self.prompt],
+                    label="Try one of these",
+                    cache_examples=False,
+                    examples_per_page=20,
+                    elem_id="examples",
+                    api_visibility="private",
+                )
+                # Or dropped anywhere on the page: the script hands the file to this button.
+                self.dropped = gr.UploadButton(
+                    "Take all settings from a video made here", file_types=[".mp4"], size="sm", elem_id="restore"
+                )
+                with gr.Accordion("Words", open=False, elem_id="words", visible=False) as self.words:
+                    self.word_list = gr.HTML("", padding=False)
+        self.arrival = gr.Timer(ARRIVAL_POLL_SECONDS)
         self.place_timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
 
     @property
@@ -117,7 +116,16 @@ class Layout:
     @property
     def fitted(self) -> list[Any]:
         """The components that depend on the model."""
-        fitted = [self.header, self.status, self.generate, self.fps, self.settings_notice, self.words, self.word_list]
+        fitted = [
+            self.arrival,
+            self.header,
+            self.status,
+            self.generate,
+            self.fps,
+            self.settings_notice,
+            self.words,
+            self.word_list,
+        ]
         return [*fitted, *self.options.values()]
 
     def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
@@ -126,6 +134,7 @@ class Layout:
         plan = pieces.settings_notice(self.seed.value, model.fps, self.seconds.value, self._longest, model)
         unavailable = model.unavailable_options()
         fitted = {
+            self.arrival: {"active": False},
             self.header: {"value": pieces.header(model)},
             self.status: {"value": status.idle(pieces.describe(model))},
             self.generate: {"interactive": True},

@@ -20,11 +20,33 @@
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      press("generate");
+      if (!event.repeat) press("generate");
     } else if (event.key === "Escape" && !event.isComposing && !event.defaultPrevented) {
       // In full screen, Escape leaves it and does nothing else.
       if (document.fullscreenElement === null) press("stop");
     }
+  });
+
+  // A double click is one click: the button only turns into Stop when the server has answered.
+  const REST_MS = 800;
+  let pressed = -REST_MS;
+
+  document.addEventListener(
+    "click",
+    (event) => {
+      if (event.target.closest("#generate") === null) return;
+      if (performance.now() - pressed < REST_MS) event.stopImmediatePropagation();
+      else pressed = performance.now();
+    },
+    true,
+  );
+
+  // The run tells of its end by itself, at its next step; until then the script says what goes on.
+  document.addEventListener("click", (event) => {
+    const headline = document.querySelector("#status .sf-busy .sf-headline");
+    if (event.target.closest("#stop") === null || headline === null) return;
+    headline.querySelector("b").textContent = "Stopping";
+    headline.querySelector("span").textContent = "What is finished so far becomes your video.";
   });
 
   // ---- what the buttons inside our own HTML do
@@ -35,14 +57,19 @@
     replay: () => {
       const shown = video();
       shown.currentTime = 0;
-      shown.play();
+      shown.play().catch(() => {}); // interrupted by the next click
     },
     loop: (button) => {
       loop = !loop;
       button.setAttribute("aria-pressed", String(loop));
       if (loop && video()?.ended) player.replay();
     },
-    fullscreen: () => video().requestFullscreen(),
+    fullscreen: () => {
+      const shown = video();
+      // iPhones know full screen for videos only, by a name of their own.
+      if (shown.requestFullscreen) shown.requestFullscreen().catch(() => {});
+      else shown.webkitEnterFullscreen?.();
+    },
   };
 
   // Not the video's own `loop`: a stream in a MediaSource comes to rest at its end with it. Media events do not bubble.
@@ -78,9 +105,21 @@
     if (button.dataset.copy) copy(button);
   });
 
-  // ---- the video comes and goes; its buttons follow
+  // ---- what follows when the page changes: the player's buttons, the focus, what screen readers hear
+
+  let focused = null;
+  document.addEventListener("focusin", (event) => (focused = event.target.id));
 
   const follow = () => {
+    // Generate and Stop take each other's place; the focus stays there.
+    if (document.activeElement === document.body && ["generate", "stop"].includes(focused)) {
+      [byId("generate"), byId("stop")].find((button) => button?.offsetParent)?.focus();
+    }
+    const headline = document.querySelector("#status .sf-headline");
+    const failed = document.querySelector("#status .sf-failed") !== null;
+    const spoken = (failed ? headline : headline?.querySelector("b"))?.textContent.trim() ?? "";
+    const live = byId("live");
+    if (live !== null && live.textContent !== spoken) live.textContent = spoken;
     const shown = video();
     for (const name of ["replay", "fullscreen"]) {
       const button = document.querySelector(`[data-player=${name}]`);
@@ -118,6 +157,19 @@
     input.files = files.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   };
+
+  // The same for a file that was chosen, before Gradio sends all of it.
+  document.addEventListener(
+    "change",
+    (event) => {
+      if (!event.target.matches("input[type=file]:has(+ #restore)")) return;
+      const [file] = event.target.files;
+      if (file === undefined || file.size <= RECIPE_BYTES) return;
+      event.stopImmediatePropagation();
+      restore(file);
+    },
+    true,
+  );
 
   const carriesFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   let depth = 0; // of elements that the file is being dragged over, one inside the other

@@ -19,11 +19,12 @@ from pipeline.recipe import read_recipe, request_from_recipe
 from pipeline.worker import ModelWorker
 from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
-from web.api import add_endpoints
+from web.api import MODEL_QUEUE, add_endpoints
 from web.body_limit import BodyLimit
 from web.events import Values, refusal, session_of, shown, take_files_only
 from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
+from web.sessions import Place, sessions_ahead
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
 
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 QUEUE_SIZE = 16
 CACHE_CHECK_SECONDS, CACHE_AGE_SECONDS = 600, 1800
-SWEEP_SECONDS = 60
+SWEEP_SECONDS = 10
 LOADING_POLL_SECONDS = 0.25
 
 LAUNCH_DEFAULTS: dict[str, Any] = {
@@ -89,7 +90,8 @@ class Page:
             add_endpoints(self)
         for component in self.blocks.blocks.values():
             take_files_only(component)
-        self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
+        # Closed: the plain routes would lead past the queue.
+        self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)
         self._fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
         self.blocks.launch = functools.partial(
@@ -129,18 +131,18 @@ class Page:
             [*ui.inputs, ui.ticket],
             [ui.video, ui.status, ui.download],
             concurrency_limit=1,
-            concurrency_id="model",
+            concurrency_id=MODEL_QUEUE,
             trigger_mode="multiple",
             # The usual progress display would lay an opaque layer over the playing video at every update.
             show_progress="hidden",
             api_visibility="private",
         )
-        generating.then(self._end, [ui.download, ui.ticket], [ui.download, ui.place_timer, *buttons], **quiet)
+        generating.then(self._end, [ui.ticket], [ui.download, ui.status, ui.place_timer, *buttons], **quiet)
         generating.then(None, [ui.video], [ui.video], js=_ASK_ONCE_MORE, **quiet)
         generating.then(None, [ui.download], None, js=_TELL_FILE, **quiet)
         ui.use_seed.click(None, None, [ui.seed], js=_SHOWN_SEED, **quiet)
         ui.stop.click(self._stop, None, [ui.status, *buttons], **quiet)
-        ui.place_timer.tick(self._place, [ui.ticket], [ui.status, ui.place_timer], **quiet)
+        ui.place_timer.tick(self._place, None, [ui.status, ui.place_timer], **quiet)
         ui.prompt.change(self._notice, [ui.prompt], [ui.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
         gr.on(
             [ui.seed.change, ui.fps.change, ui.seconds.change],
@@ -151,35 +153,40 @@ class Page:
             **quiet,
         )
         ui.dropped.upload(self._restore, [ui.dropped], [ui.dropped, *ui.inputs, ui.notice], **aside)
-        if self._model_or_none() is None:
-            self.blocks.load(self._arrive, None, ui.fitted, **aside)
+        ui.arrival.tick(self._arrive, None, ui.fitted, **quiet)
         self.blocks.unload(self._leave)
 
-    async def _arrive(self) -> AsyncIterator[Values]:
+    def _arrive(self) -> Values:
         """Tell somebody who came before the model how far it is, then make their page fit it."""
-        waits = {component: gr.skip() for component in self.ui.fitted}
-        while not self.worker.loaded:
-            yield tuple({**waits, self.ui.status: status.loading(self.worker.loading)}.values())
-            await asyncio.sleep(LOADING_POLL_SECONDS)
-        try:
-            model = self.generator.pipeline
-        except SelfForcingError as error:
-            yield tuple({**waits, self.ui.status: status.failed(str(error))}.values())
-            return
-        fitted = {component: gr.update(**new) for component, new in self.ui.fitted_to(model).items()}
-        yield tuple({**waits, **fitted}.values())
+        new: dict[Any, Any] = dict.fromkeys(self.ui.fitted, gr.skip())
+        if not self.worker.loaded:
+            new[self.ui.status] = status.loading(self.worker.loading)
+        elif (model := self._model_or_none()) is not None:
+            new |= {component: gr.update(**settings) for component, settings in self.ui.fitted_to(model).items()}
+        else:
+            try:
+                self.worker.wait_ready(timeout=0)
+            except SelfForcingError as error:
+                new |= {self.ui.status: status.failed(str(error)), self.ui.arrival: gr.Timer(active=False)}
+        return tuple(new.values())
 
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        ticket, place = self.generator.sessions.expect(
-            session_of(request), lambda: self.generator.expected_seconds(checked)
-        )
+        session = session_of(request)
+        if self.generator.sessions.busy(session):
+            raise refusal(InvalidRequest("A video of yours is being made. Stop it first, or wait for its end."))
+        ticket = self.generator.sessions.expect(session, lambda: self.generator.expected_seconds(checked))
+        place = self._place_of(session) or Place(0, None)
         timer = gr.Timer(active=place.ahead > 0)
-        return ticket, status.waiting(place), gr.update(value=None, interactive=False), timer, *_buttons(running=True)
+        download = gr.update(value=None, interactive=False)
+        return ticket.id, status.waiting(place), download, timer, *_buttons(running=True)
 
-    def _place(self, ticket: str | None, request: gr.Request) -> Values:
-        place = self.generator.sessions.place(session_of(request), ticket)
+    def _place_of(self, session: str) -> Place | None:
+        return self.generator.sessions.place(session, sessions_ahead(self.blocks, MODEL_QUEUE, session))
+
+    def _place(self, request: gr.Request) -> Values:
+        place = self._place_of(session_of(request))
         if place is None:
             return gr.skip(), gr.Timer(active=False)
         return status.waiting(place), gr.skip()
@@ -205,15 +212,20 @@ class Page:
         except SelfForcingError as error:
             raise refusal(error) from error
 
-    def _end(self, file: str | None, ticket: str | None, request: gr.Request) -> Values:
+    def _end(self, ticket: str | None, request: gr.Request) -> Values:
         session = session_of(request)
-        self.generator.sessions.settle(session, ticket)
+        ended = self.generator.sessions.settle(session, ticket)
+        # After Stop the next click may wait already, while the stopped run comes to its end.
+        place = self._place_of(session)
+        new_status = gr.skip() if place is None else status.waiting(place)
+        download = gr.update(interactive=ended is not None and ended.has_file)
         running = self.generator.sessions.busy(session)
-        return gr.update(interactive=file is not None), gr.Timer(active=False), *_buttons(running=running)
+        return download, new_status, gr.Timer(active=place is not None), *_buttons(running=running)
 
     def _stop(self, request: gr.Request) -> Values:
-        told = {"running": status.stopping(), "waiting": status.stopped_early(), "none": gr.skip()}
-        return told[self.generator.sessions.stop(session_of(request))], *_buttons(running=False)
+        # A run that goes on tells of its end itself, and meanwhile the script says that it stops.
+        waited = self.generator.sessions.stop(session_of(request)) == "waiting"
+        return status.stopped_early() if waited else gr.skip(), *_buttons(running=False)
 
     def _leave(self, request: gr.Request) -> None:
         session = session_of(request)

@@ -16,8 +16,14 @@ _MARK = """
 </svg>
 """
 
+ANNOUNCEMENTS = """
+<p class="sf-notice" id="page-notice" role="status" hidden></p>
+<p class="sf-sr" id="live" role="status" aria-live="polite"></p>
+"""
+"""What the script has to say: for everybody, and for screen readers only. The rest of the page is drawn too often."""
+
 PLAYER_BUTTONS = """
-<div class="sf-player" role="toolbar" aria-label="Player">
+<div class="sf-player" role="group" aria-label="Player">
   <button type="button" data-player="replay" disabled>Replay</button>
   <button type="button" data-player="loop" aria-pressed="false">Loop</button>
   <button type="button" data-player="fullscreen" disabled>Full screen</button>
@@ -34,7 +40,6 @@ def header(model: AdaptedPipeline | None) -> str:
     return (
         f"{_MARK}<h1>Self-Forcing</h1><p>Type a sentence. The video plays while it is still being made.</p>{name}"
         f"<style>.gradio-container {{ --sf-aspect: {aspect}; }}</style>"
-        '<p class="sf-notice" id="page-notice" role="status" hidden></p>'
     )
 
 
@@ -95,4 +100,4 @@ def settings_notice(
 
 
 def _notice(html: str, *, wrong: bool = False, tone: str = "sf-hint") -> str:
-    return f'<p role="status" class="{"sf-wrong" if wrong else tone}">{html}</p>'
+    return f'<p class="{"sf-wrong" if wrong else tone}">{html}</p>'

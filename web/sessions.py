@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import gradio as gr
 
 from pipeline.worker import Run
 
 Expected = Callable[[], float | None]
 
-MAX_EXPECTED = 100
-"""Clicks whose runs have not begun. Far fewer fit into the queue; more come from a program that clicks and leaves."""
+MAX_EXPECTED = 1000
+"""Clicks whose runs have not come yet. Far fewer fit into the queue; more are made up by a program."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,12 @@ class Ticket:
 
     Args:
         expected: Tells how many seconds its run will take the model, as far as is known when it is asked.
+        announced: Whether it is known before its run begins, as a page's click is.
     """
 
-    _numbers = itertools.count()
-
-    def __init__(self, expected: Expected = lambda: None) -> None:
+    def __init__(self, expected: Expected = lambda: None, *, announced: bool = False) -> None:
         self.id = secrets.token_hex(8)
-        self.number = next(self._numbers)
+        self.announced = announced
         self._expected = expected
         self._done_at: float | None = None
         self._lock = threading.Lock()
@@ -49,6 +49,14 @@ class Ticket:
         """Whether the visitor wants no more of it."""
         self.abandoned = False
         """Whether nobody is there any more to want anything."""
+        self.finished = False
+        """Whether its last word is said: stopping it would change nothing."""
+        self.has_file = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is something to wait for, or to stop."""
+        return not (self.stopped or self.finished)
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -84,108 +92,107 @@ class Sessions:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: defaultdict[str, list[Ticket]] = defaultdict(list)
+        self._waiting: dict[str, tuple[str, Ticket]] = {}
+        """Ticket id -> session and ticket, in the order of the clicks."""
         self._active: defaultdict[str, list[Ticket]] = defaultdict(list)
-        self._unheard: Counter[str] = Counter()
-        """Runs that ended here, of which the visitor's page has not heard yet."""
+        self._unheard: defaultdict[str, deque[Ticket]] = defaultdict(deque)
+        """Announced runs that ended here, of which the visitor's page has not heard yet."""
 
-    def expect(self, session: str, expected: Expected = lambda: None) -> tuple[str, Place]:
-        """Note that the visitor's next run is on its way. Returns its ticket's id and its place in the queue."""
-        ticket = Ticket(expected)
+    def expect(self, session: str, expected: Expected = lambda: None) -> Ticket:
+        """Note that the visitor's next run is on its way."""
+        ticket = Ticket(expected, announced=True)
         with self._lock:
-            # Nobody misses a stopped one: if its run still comes, `begin` knows what became of it.
-            waiting = [other for other in self._waiting[session] if not other.stopped]
-            self._waiting[session] = [*waiting, ticket]
-            self._drop_excess()
-            return ticket.id, self._place(ticket)
+            self._waiting[ticket.id] = session, ticket
+            while len(self._waiting) > MAX_EXPECTED:  # `begin` does without: an unknown click is a new one
+                del self._waiting[next(iter(self._waiting))]
+        return ticket
 
-    def place(self, session: str, ticket_id: str | None) -> Place | None:
-        """Where a click stands now; None if it does not wait any more."""
+    def place(self, session: str, ahead: Sequence[str]) -> Place | None:
+        """Where a visitor's click stands if it comes after the runs of these sessions; None if none of theirs waits."""
         with self._lock:
-            waiting = self._waiting.get(session, ())
-            ticket = next((ticket for ticket in waiting if ticket.id == ticket_id and not ticket.stopped), None)
-            return ticket and self._place(ticket)
+            if not any(owner == session and ticket.wanted for owner, ticket in self._waiting.values()):
+                return None
+            remaining = [self._remaining(other) for other in ahead]
+        return Place(len(ahead), None if None in remaining else sum(part for part in remaining if part is not None))
 
-    def _drop_excess(self) -> None:
-        """Forget the oldest of too many clicks: their runs were refused or are never coming. Holds the lock."""
-        tickets = [(ticket.number, session) for session, waiting in self._waiting.items() for ticket in waiting]
-        for _, session in sorted(tickets)[:-MAX_EXPECTED]:
-            self._waiting[session].pop(0)
-            if not self._waiting[session]:
-                del self._waiting[session]
-
-    def _place(self, ticket: Ticket) -> Place:
-        """Holds the lock."""
-        earlier = (other for other in itertools.chain(*self._waiting.values()) if other.number < ticket.number)
-        ahead = [other for other in itertools.chain(earlier, *self._active.values()) if not other.stopped]
-        remaining = [other.remaining_seconds for other in ahead]
-        seconds = None if None in remaining else sum(part for part in remaining if part is not None)
-        return Place(len(ahead), seconds)
+    def _remaining(self, session: str) -> float | None:
+        """How long the run of a session will take. Holds the lock."""
+        tickets = [*self._active.get(session, ()), *(t for owner, t in self._waiting.values() if owner == session)]
+        if tickets and not any(ticket.wanted for ticket in tickets):
+            return 0.0
+        return next((ticket.remaining_seconds for ticket in tickets if ticket.wanted), None)
 
     def begin(self, session: str, ticket_id: str | None = None, expected: Expected = lambda: None) -> Ticket:
-        """The ticket of the run that begins now.
-
-        A run without a `ticket_id` was never announced (an API client's) and gets a new ticket. A ticket that is not
-        there any more was stopped, and so is the one returned for it.
-        """
+        """The ticket of the run that begins now; a new one for a run that was never announced (a program's)."""
         with self._lock:
-            ticket = self._taken(session, ticket_id) if ticket_id else Ticket(expected)
-            if ticket is None:
-                ticket = Ticket()
-                ticket.stopped = True
+            owner, ticket = self._waiting.get(ticket_id or "", ("", None))
+            if ticket is not None and owner == session:
+                del self._waiting[ticket.id]
+            else:
+                ticket = Ticket(expected)
             self._active[session].append(ticket)
             return ticket
 
-    def end(self, session: str, ticket: Ticket, *, announced: bool = False) -> None:
-        """Note that a run is over. With `announced` the visitor's page will `settle` it."""
+    def end(self, session: str, ticket: Ticket) -> None:
+        """Note that a run is over. The visitor's page will `settle` it if it was announced."""
         with self._lock:
             active = self._active[session]
             if ticket in active:
                 active.remove(ticket)
             if not active:
                 del self._active[session]
-            if announced and not ticket.abandoned:
-                self._unheard[session] += 1
+            if ticket.announced and not ticket.abandoned:
+                self._unheard[session].append(ticket)
 
-    def settle(self, session: str, ticket_id: str | None) -> None:
-        """The visitor's page says that a click has come to its end. If no run ended, this click's never came: drop it.
+    def settle(self, session: str, ticket_id: str | None) -> Ticket | None:
+        """The visitor's page says that a click has come to its end. Returns the ticket of the run that did.
 
-        The queue may have been full, or the connection gone, after the click was noted.
+        If no run ended, this click's never came: the queue may have been full, or the connection gone, after it was
+        noted. Then it is dropped.
         """
         with self._lock:
-            if self._unheard[session] > 0:
-                self._unheard[session] -= 1
-            else:
-                self._taken(session, ticket_id)
-            if not self._unheard[session]:
-                del self._unheard[session]
-
-    def _taken(self, session: str, ticket_id: str | None) -> Ticket | None:
-        """Take a waiting ticket out, if it is there. Holds the lock."""
-        waiting = self._waiting.get(session, [])
-        ticket = next((ticket for ticket in waiting if ticket.id == ticket_id), None)
-        if ticket is not None:
-            waiting.remove(ticket)
-            if not waiting:
-                del self._waiting[session]
-        return ticket
+            if unheard := self._unheard.get(session):
+                ticket = unheard.popleft()
+                if not unheard:
+                    del self._unheard[session]
+                return ticket
+            if self._waiting.get(ticket_id or "", ("", None))[0] == session:
+                del self._waiting[ticket_id or ""]
+            return None
 
     def busy(self, session: str) -> bool:
         """Whether the visitor has a run that waits or goes on and was not stopped."""
         with self._lock:
-            tickets = [*self._waiting.get(session, ()), *self._active.get(session, ())]
-        return any(not ticket.stopped for ticket in tickets)
+            return any(ticket.wanted for ticket in self._of(session))
 
     def stop(self, session: str, *, abandon: bool = False) -> Literal["running", "waiting", "none"]:
         """Stop everything of this visitor. Returns what there was that had not been stopped before."""
         with self._lock:
-            waiting = list(self._waiting.get(session, ()))
-            active = list(self._active.get(session, ()))
+            tickets = self._of(session)
+            running = any(ticket.wanted for ticket in self._active.get(session, ()))
             if abandon:
-                self._waiting.pop(session, None)
                 self._unheard.pop(session, None)
-        running = any(not ticket.stopped for ticket in active)
-        expected = any(not ticket.stopped for ticket in waiting)
-        for ticket in (*waiting, *active):
+        expected = any(ticket.wanted for ticket in tickets)
+        for ticket in tickets:
             ticket.stop(abandon=abandon)
         return "running" if running else "waiting" if expected else "none"
+
+    def _of(self, session: str) -> list[Ticket]:
+        """Holds the lock."""
+        waiting = [ticket for owner, ticket in self._waiting.values() if owner == session]
+        return [*waiting, *self._active.get(session, ())]
+
+
+def sessions_ahead(blocks: gr.Blocks, concurrency_id: str, session: str) -> list[str]:
+    """Whose runs come before a visitor's next one: those that go on, then those that wait, as Gradio has queued them.
+
+    The queue knows of everybody, of programs too, and nobody can stand in it without taking up one of its places.
+    """
+    queue = blocks._queue
+    jobs = [event for job in queue.active_jobs if job for event in job]
+    running = [event.session_hash for event in jobs if event.concurrency_id == concurrency_id]
+    waiting = queue.event_queue_per_concurrency_id.get(concurrency_id)
+    in_line = [event.session_hash for event in waiting.queue] if waiting else []
+    if session in in_line:
+        in_line = in_line[: in_line.index(session)]
+    return [*running, *in_line]

@@ -81,10 +81,6 @@ def starting() -> str:
     return _card("busy", "Starting", "The model reads your prompt.", share=0.0)
 
 
-def stopping() -> str:
-    return _card("busy", "Stopping", "What is finished so far becomes your video.")
-
-
 def stopped_early() -> str:
     return _card("idle", "Stopped", "Nothing was made yet.")
 
@@ -127,20 +123,19 @@ def _card(
     elif state == "busy":
         parts.append('<div class="sf-bar sf-endless" aria-hidden="true"><i></i></div>')
     if meter is not None and meter.blocks:
-        parts.append(_facts(meter))
+        parts.append(_facts(meter, seed_button=state != "busy"))
     if recipe is not None:
         parts.append(_recipe(recipe))
-    # Screen readers are told the headline only; the numbers change too often to be read out.
-    return (
-        f'<div class="sf-status sf-{state}"><span class="sf-sr" role="status" aria-live="polite">'
-        f"{escape(headline)}</span>{''.join(parts)}</div>"
-    )
+    # The script reads the headline out to screen readers, and the rest of it when something failed.
+    return f'<div class="sf-status sf-{state}">{"".join(parts)}</div>'
 
 
-def _facts(meter: RunMeter) -> str:
+def _facts(meter: RunMeter, *, seed_button: bool) -> str:
     run = meter.run
     keeps_up = meter.generation_fps >= run.fps
-    seed = f"{run.seed}{_seed_button(run.seed)}" if run.seed >= 0 else "random"
+    # Not while the card is drawn again and again: whoever has just reached it with the keyboard would lose it.
+    button = _seed_button(run.seed) if seed_button else ""
+    seed = f"{run.seed}{button}" if run.seed >= 0 else "random"
     facts = [
         ("First frame", f"{meter.time_to_first_frame:.2f} s", ""),
         ("Generation", f"{meter.generation_fps:.1f} FPS", "sf-good" if keeps_up else "sf-slow"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -26,7 +28,9 @@ UPLOAD_BYTES = 200_000_000
 VIDEOS = "videos"
 """Name of the folder with the videos made here, beside the uploads."""
 
-_LOCK_NAME = "in-use.lock"
+_LOCK_SUFFIX = ".lock"
+_OUR_FOLDER = re.compile("[0-9a-f]{32}")
+"""The root may be a folder that others use as well: what is named otherwise is theirs."""
 
 
 class VideoStore:
@@ -93,7 +97,8 @@ class VideoStore:
     def sweep(self) -> None:
         """Remove what is too old, and the oldest of what is too much."""
         with suppress(OSError):  # nothing was made yet
-            _remove_oldest(self.root.iterdir(), self.max_age, self.max_bytes)
+            ours = (entry for entry in self.root.iterdir() if _OUR_FOLDER.fullmatch(entry.name))
+            _remove_oldest(ours, self.max_age, self.max_bytes)
         with self._lock:
             for session, folders in list(self._folders.items()):
                 folders[:] = [folder for folder in folders if folder.exists()]
@@ -108,9 +113,8 @@ def sweep_uploads(home: Path, max_age: float = MAX_AGE_SECONDS, max_bytes: int =
         home: Where Gradio puts uploads. Nothing is done unless it is a `TemporaryHome`: Gradio's usual folder belongs
             to all programs of the machine.
     """
-    if (home / _LOCK_NAME).exists():
-        kept = (_LOCK_NAME, VIDEOS)
-        _remove_oldest((entry for entry in home.iterdir() if entry.name not in kept), max_age, max_bytes)
+    if _lock_of(home).exists():
+        _remove_oldest((entry for entry in home.iterdir() if entry.name != VIDEOS), max_age, max_bytes)
 
 
 def _remove_oldest(entries: Iterable[Path], max_age: float, max_bytes: int) -> None:
@@ -140,8 +144,8 @@ def _size(entry: Path) -> int:
 class TemporaryHome:
     """This process's own folder for everything that does not outlive it. What killed processes left behind is removed.
 
-    Each process locks a file in its folder. The operating system lets go of the lock when the process ends, however it
-    ends, so a folder whose lock can be had belongs to nobody.
+    Each process locks a file beside its folder, where no visitor can name it. The operating system lets go of the lock
+    when the process ends, however it ends, so a folder whose lock can be had belongs to nobody.
 
     Args:
         parent: Default: where the system has temporary files.
@@ -151,28 +155,33 @@ class TemporaryHome:
         user = os.getuid() if hasattr(os, "getuid") else ""  # on Windows the temporary folder is the user's own
         base = Path(parent or tempfile.gettempdir()) / f"self-forcing-{user}"
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if user != "" and (base.is_symlink() or base.stat().st_uid != user):
+            raise PermissionError(errno.EPERM, "it belongs to somebody else", str(base))
+        _remove_abandoned(base)
         self.path = base / secrets.token_hex(8)
-        self.path.mkdir(mode=0o700)
-        self._lock = FileLock(self.path / _LOCK_NAME)
+        self._lock = FileLock(_lock_of(self.path))
         self._lock.acquire()
-        _remove_abandoned(base, keep=self.path)
+        self.path.mkdir(mode=0o700)
 
     def close(self) -> None:
         """Remove the folder and all that is in it."""
-        self._lock.release()
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+        _lock_of(self.path).unlink(missing_ok=True)
 
 
-def _remove_abandoned(base: Path, keep: Path) -> None:
-    for folder in base.iterdir():
-        lock_file = folder / _LOCK_NAME
-        # A folder without a lock may be one that another process is just setting up.
-        if folder == keep or not lock_file.exists():
-            continue
+def _lock_of(home: Path) -> Path:
+    return home.with_name(home.name + _LOCK_SUFFIX)
+
+
+def _remove_abandoned(base: Path) -> None:
+    for lock_file in base.glob(f"*{_LOCK_SUFFIX}"):
         lock = FileLock(lock_file)
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError):  # in use
             continue
+        shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
         lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            lock_file.unlink(missing_ok=True)

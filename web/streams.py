@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import gradio as gr
-from gradio.route_utils import MediaStream
+
+if TYPE_CHECKING:
+    from gradio.route_utils import MediaStream
 
 MAX_AGE_SECONDS = 30 * 60
 MAX_BYTES = 1_000_000_000
