@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,9 @@ def test_mcp_clients_find_and_call_the_tools(mcp_address: str) -> None:
     def text_of(result: Any) -> str:
         return "\n".join(part.text for part in result.content if part.type == "text")
 
-    tools, options, video, refused = asyncio.run(visit())
+    # On a thread of its own: a browser test before this one may have left its event loop running on the main thread.
+    with ThreadPoolExecutor(1) as elsewhere:
+        tools, options, video, refused = elsewhere.submit(asyncio.run, visit()).result()
     assert set(tools) == {name.strip("/") for name in PARAMETERS}
     for name, parameters in PARAMETERS.items():
         tool = tools[name.strip("/")]
