@@ -149,10 +149,11 @@ def test_compile_can_be_switched_on_and_off(pipe: SelfForcingPipeline) -> None:
 
 
 def test_a_compiler_that_fails_is_said(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> Iterator[torch.Tensor]:
         raise InternalTorchDynamoError("no")
+        yield
 
-    monkeypatch.setattr(type(pipe), "_denoise", fail)
+    monkeypatch.setattr(type(pipe), "_roll_out", fail)
     with pytest.raises(OptionUnavailable, match=r"torch\.compile failed"):
         next(pipe.stream(request()))
 
