@@ -30,6 +30,10 @@ TextKV = list[tuple[torch.Tensor, torch.Tensor]]
 """Cross-attention keys (normalised) and values of every layer, each [B, text_len, heads, head_dim]."""
 
 
+TIME_EMBEDDING = -1
+"""Key under which a forward's `taps` ask for the time embedding."""
+
+
 class CausalWanBlock(WanTransformerBlock):
     """One transformer block. Its forward is self-contained: compiled once, it serves all layers."""
 
@@ -163,7 +167,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             cache: the rollout's memory; the call must be on the frames its `begin_block` announced.
             positions: frame positions for calls without cache; default 0..F-1.
             mask: boolean [F * tokens, F * tokens] for calls without cache, see `masks.py`.
-            taps: its keys are layer numbers; each gets what leaves that layer, [B, F * tokens, C], as its value.
+            taps: its keys are layer numbers; each gets what leaves that layer, [B, F * tokens, C], as its value. The
+                key `TIME_EMBEDDING` gets the time embedding, [B, F, C].
 
         Returns:
             [B, F, C, h, w].
@@ -188,6 +193,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 hidden = block(*arguments, memory, mask)
             if taps is not None and index in taps:
                 taps[index] = hidden
+        if taps is not None and TIME_EMBEDDING in taps:
+            taps[TIME_EMBEDDING] = time_embedding
         if cache is not None:
             cache.end_call()
 
@@ -219,10 +226,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         height: int,
         width: int,
         batch: int = 1,
+        *,
+        device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         leaky: bool = False,
     ) -> KVCache:
-        """A cache for rollouts of this latent size, on the model's device and, unless told otherwise, in its dtype."""
+        """A cache for rollouts of this latent size; unless told otherwise, on the model's device and in its dtype.
+
+        A sharded model has to be told: its weights are at rest elsewhere, and in another dtype, than where it computes.
+        """
         rows, columns = self.token_grid(height, width)
         return KVCache(
             num_layers=len(self.blocks),
@@ -232,7 +244,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             head_dim=self.config.attention_head_dim,
             window=window,
             rotary=self.rotary(height, width),
-            device=self.device,
+            device=device or self.device,
             dtype=dtype or self.dtype,
             leaky=leaky,
         )

@@ -31,6 +31,11 @@ class RolloutPlan:
     """First block that follows the second prompt."""
 
     @classmethod
+    def full(cls, settings: RolloutSettings) -> RolloutPlan:
+        """A clip as long as the scored window with all steps, as inference makes it."""
+        return cls(settings.num_blocks, (len(settings.denoising_steps) - 1,) * settings.num_blocks)
+
+    @classmethod
     def draw(cls, settings: RolloutSettings, draws: Draws, purpose: str) -> RolloutPlan:
         """A plan of the length, exit steps and prompt switch that the settings allow."""
         rng = draws.shared(f"{purpose}/plan")
@@ -53,10 +58,10 @@ class Rollout:
     """Rolls out batches of clips of one latent size.
 
     Args:
-        network: generator; runs on its device.
+        network: generator, sharded or not.
         settings: how it samples.
         shape: (C, h, w) of a latent frame.
-        dtype: of latents and cache, which is what the network computes in.
+        device, dtype: where and in what the network computes.
     """
 
     def __init__(
@@ -64,11 +69,13 @@ class Rollout:
         network: CausalWanTransformer3DModel,
         settings: RolloutSettings,
         shape: tuple[int, int, int],
+        device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.network = network
         self.settings = settings
         self.shape = shape
+        self.device = device
         self.dtype = dtype
         self.schedule = FlowSchedule(settings.shift)
         self.steps = DenoisingSteps.from_schedule(self.schedule, settings.denoising_steps)
@@ -125,7 +132,7 @@ class Rollout:
         shape = (self.settings.block_frames, *self.shape)
 
         def noise(block: int, step: int) -> torch.Tensor:
-            return draws.normal(f"{purpose}/{block}/{step}", shape, self.network.device, self.dtype)
+            return draws.normal(f"{purpose}/{block}/{step}", shape, self.device, self.dtype)
 
         return self(prompts, plan, noise, gradients=gradients)
 
@@ -139,7 +146,14 @@ class Rollout:
     def _fresh_cache(self, batch: int) -> KVCache:
         if self._cache is None or self._cache.batch != batch:
             _, height, width = self.shape
-            leaky = self.settings.cache_gradients == "leaky"
-            self._cache = self.network.make_cache(self.settings.window, height, width, batch, self.dtype, leaky)
+            self._cache = self.network.make_cache(
+                self.settings.window,
+                height,
+                width,
+                batch,
+                device=self.device,
+                dtype=self.dtype,
+                leaky=self.settings.cache_gradients == "leaky",
+            )
         self._cache.reset()
         return self._cache

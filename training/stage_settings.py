@@ -12,7 +12,6 @@ from training.settings import (
     RolloutSettings,
     ScoreSettings,
     StageSettings,
-    TextSettings,
     require,
 )
 
@@ -53,6 +52,7 @@ class FlowSettings(StageSettings):
             f"forcing {self.forcing!r} does not go with {self.attention} attention: bidirectional has 'none', causal "
             "has 'teacher' or 'diffusion'.",
         )
+        require(self.forcing != "teacher" or not self.window_frames, "window_frames does not go with teacher forcing.")
         for length in (*self.lengths, self.clips.frames):
             require(
                 length == 1 or (length - self.first_frame) % self.block_frames == 0,
@@ -70,6 +70,22 @@ class FlowSettings(StageSettings):
         require(not self.curriculum or self.curriculum[0][0] == 0, "The curriculum must begin at progress 0.")
         for name in ("clean_blocks", "clean_level", "context_level"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, but must be between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(FlowSettings):
+    """The bidirectional teacher."""
+
+    attention: Literal["bidirectional"] = "bidirectional"
+    forcing: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalSettings(FlowSettings):
+    """A causal student that learns from real clips."""
+
+    attention: Literal["causal"] = "causal"
+    forcing: Literal["teacher", "diffusion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,15 +185,3 @@ class GANSettings(DistillSettings):
             f"clips.frames is {self.clips.frames}, but clips of the generator have {self.rollout.frames}.",
         )
 
-
-__all__ = [
-    "ClipSettings",
-    "DMDSettings",
-    "DistillSettings",
-    "FlowSettings",
-    "GANSettings",
-    "OdePairsSettings",
-    "OdeSettings",
-    "SiDSettings",
-    "TextSettings",
-]

@@ -78,7 +78,7 @@ def roll_out(model, config: dict, data: Tensors, noise: torch.Tensor, exit_name:
         return start if step == 0 else next(draws).view_as(start)
 
     plan = RolloutPlan(blocks, (exit_step,) * blocks)
-    rollout = Rollout(model, settings, (noise.shape[2], height, width), torch.float32)
+    rollout = Rollout(model, settings, (noise.shape[2], height, width), noise.device, noise.dtype)
     return rollout([data["prompt_embeds"]], plan, draw, gradients=True)
 
 
