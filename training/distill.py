@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.draws import Draws
 from training.losses import score_timesteps
-from training.network import load_network, load_vae
+from training.network import load_vae
 from training.ode import clip_shape
 from training.optim import Trainee
 from training.parallel import Processes
@@ -33,7 +33,7 @@ class DistillStage(Stage[Kind]):
 
     def __init__(self, settings: Kind, processes: Processes) -> None:
         super().__init__(settings, processes)
-        network = self.trainee("generator", load_network(settings.network, seed=settings.run.seed), settings.optimizer)
+        network = self.trainee("generator", settings.network, settings.optimizer)
         shape = clip_shape(settings.rollout, settings.network)[1:]
         self.rollout = Rollout(network, settings.rollout, shape, processes.device, processes.compute_dtype)
         self.vae = load_vae(settings.vae, processes.device) if settings.vae else None

@@ -13,7 +13,7 @@ from pipeline.sampler import FlowSchedule
 from training.distill import DistillStage
 from training.draws import Draws
 from training.losses import dmd_gradient, dmd_loss, flow_loss, sid_loss
-from training.network import load_network, network_config
+from training.network import network_config
 from training.parallel import Processes
 from training.prompts import open_prompts
 from training.score import ScoreNetwork
@@ -30,7 +30,7 @@ class DMDStage(DistillStage[DMDSettings]):
 
     def __init__(self, settings: DMDSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
-        critic = self.trainee("critic", load_network(_critic(settings)), settings.critic_optimizer)
+        critic = self.trainee("critic", _critic(settings), settings.critic_optimizer)
         schedule = FlowSchedule(settings.score.shift)
         block = settings.rollout.block_frames if settings.score.attention == "causal" else 0
         self.real, self.fake = (

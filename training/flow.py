@@ -16,7 +16,7 @@ from pipeline.sampler import TRAIN_STEPS, FlowSchedule, add_noise, shifted_time
 from training.clips import ClipBatch, ClipSampler, open_clips
 from training.draws import Draws
 from training.losses import flow_loss
-from training.network import load_network, network_config
+from training.network import network_config
 from training.parallel import Processes
 from training.score import ScoreNetwork, solve_ode
 from training.settings import require
@@ -31,7 +31,7 @@ class FlowStage(Stage[FlowSettings]):
 
     def __init__(self, settings: FlowSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
-        network = self.trainee("generator", load_network(settings.network, seed=settings.run.seed), settings.optimizer)
+        network = self.trainee("generator", settings.network, settings.optimizer)
         causal = settings.attention == "causal"
         self.score = ScoreNetwork(
             network,

@@ -12,7 +12,7 @@ from training.discriminator import DiscriminatorHead
 from training.distill import DistillStage
 from training.draws import Draws
 from training.losses import finite_difference_penalty, gan_discriminator_loss, gan_generator_loss
-from training.network import load_network, network_config
+from training.network import network_config
 from training.optim import Trainee
 from training.parallel import Processes
 from training.score import ScoreNetwork
@@ -29,9 +29,7 @@ class GANStage(DistillStage[GANSettings]):
 
     def __init__(self, settings: GANSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
-        critic = self.trainee(
-            "critic", load_network(settings.network, seed=settings.run.seed), settings.critic_optimizer
-        )
+        critic = self.trainee("critic", settings.network, settings.critic_optimizer)
         block = settings.rollout.block_frames if settings.attention == "causal" else 0
         self.score = ScoreNetwork(critic, FlowSchedule(settings.shift), block, compute_dtype=processes.compute_dtype)
         config = critic.config

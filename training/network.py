@@ -61,7 +61,8 @@ def load_network(
         WeightsError: there is none, or it is damaged or of another kind.
     """
     if settings.sizes is not None:
-        return build_network(settings.sizes, seed).to(dtype)
+        network = build_network(settings.sizes, seed)
+        return network if dtype == torch.float32 else network.to(dtype)
     folder = transformer_folder(settings.init)
     try:
         network, report = CausalWanTransformer3DModel.from_pretrained(
@@ -136,3 +137,11 @@ def load_vae(folder: str, device: torch.device | str = "cpu") -> AutoencoderKLWa
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{folder} holds no Wan VAE: {error}.") from error
     return vae.eval().requires_grad_(False).to(device)
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """A killed run leaves the last whole checkpoint, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)

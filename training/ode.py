@@ -19,7 +19,7 @@ from pipeline.errors import TrainingDataError, TrainingError
 from pipeline.sampler import FlowSchedule
 from training.draws import Draws
 from training.losses import clean_loss
-from training.network import load_network, network_config
+from training.network import network_config
 from training.parallel import Processes
 from training.prompts import open_prompts
 from training.rollout import Rollout, RolloutPlan
@@ -160,7 +160,7 @@ class OdeStage(Stage[OdeSettings]):
     def __init__(self, settings: OdeSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
         rollout = settings.rollout
-        network = self.trainee("generator", load_network(settings.network, seed=settings.run.seed), settings.optimizer)
+        network = self.trainee("generator", settings.network, settings.optimizer)
         self.score = ScoreNetwork(
             network,
             FlowSchedule(rollout.shift),

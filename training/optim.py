@@ -92,8 +92,8 @@ class WeightAverage:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            local(average).lerp_(local(parameter.detach()), 1 - decay)
+        averages = [local(average) for average in self.average]
+        torch._foreach_lerp_(averages, [local(parameter.detach()) for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -142,7 +142,9 @@ class Trainee:
             matrices, rest = matrices_and_rest(network)
             self.optimizers.append(Muon(matrices, settings.matrix_rate))
         self.optimizers.append(
-            torch.optim.AdamW(rest, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay)
+            torch.optim.AdamW(
+                rest, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            )
         )
         self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.average = WeightAverage(list(network.parameters()), settings.average_decay)
@@ -154,6 +156,9 @@ class Trainee:
             NonFiniteOutput: the gradient is no number; the weights are untouched.
         """
         settings = self.settings
+        for parameter in self.network.parameters():
+            if parameter.grad is None:  # what no loss reaches has an optimiser state, too: checkpoints expect one
+                parameter.grad = torch.zeros_like(parameter)
         norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)).item()
         if not norm < float("inf"):
             raise NonFiniteOutput(f"The gradient became {norm} in step {step + 1}. Lower the rate, or look at the data.")

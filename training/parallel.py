@@ -91,6 +91,8 @@ class Processes:
 def processes(settings: RunSettings) -> Iterator[Processes]:
     """Join the other processes of this run, and leave them in the end.
 
+    A group that exists already is used and kept: a program may run several stages in it.
+
     Raises:
         OptionUnavailable: a GPU was asked for and there is none.
         InvalidSettings: the batch cannot be shared out.
@@ -105,7 +107,10 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    if count == 1:
+    joined = dist.is_initialized()
+    if joined:
+        pass
+    elif count == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
@@ -121,7 +126,8 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
             cpu_offload=settings.cpu_offload,
         )
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def local(tensor: Tensor) -> Tensor:

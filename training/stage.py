@@ -58,11 +58,11 @@ class Stage(ABC, Generic[Kind]):
         """Captions and latents [B, F, C, h, w] for a sample sheet, by the averaged network."""
 
     def trainee(
-        self, name: str, network: CausalWanTransformer3DModel, optimizer: OptimizerSettings
+        self, name: str, source: NetworkSettings, optimizer: OptimizerSettings
     ) -> CausalWanTransformer3DModel:
-        """Shard a network that learns and register it."""
+        """Load and shard a network that learns, and register it."""
         run = self.settings.run
-        network = network.to(self.processes.master_dtype).requires_grad_(True).train()
+        network = load_network(source, self.processes.master_dtype, run.seed).requires_grad_(True).train()
         if run.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.trainees[name] = Trainee(self.processes.shard(network), optimizer, run.steps)
