@@ -62,7 +62,8 @@ class Checkpoints:
             saved = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise WeightsError(f"The checkpoint {path.name} in {self.folder} is damaged: delete it.") from error
-        difference = first_difference(_fixed(saved), _fixed(self.described))
+        difference = first_difference({"stage": saved["stage"]}, {"stage": self.described["stage"]})
+        difference = difference or first_difference(_fixed(saved), _fixed(self.described))
         if difference:
             raise WeightsError(
                 f"The checkpoint in {self.folder} was made with other settings: {difference}. Take another run.out, "
@@ -115,13 +116,12 @@ class Checkpoints:
 
 
 def _fixed(described: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {
+    return {
         section: {name: entry for name, entry in value.items() if name not in MAY_CHANGE.get(section, ())}
         if isinstance(value, dict)
         else value
         for section, value in described["settings"].items()
     }
-    return {"stage": described["stage"], **settings}
 
 
 def _settle(folder: Path) -> None:

@@ -25,7 +25,8 @@ class RegisterBlock(nn.Module):
         self.heads = heads
         self.token = nn.Parameter(torch.empty(1, 1, width))
         self.norm_features = nn.LayerNorm(width)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
+        self.key = nn.Linear(width, width, bias=False)  # softmax would not see it, and Adam would move it by noise
         self.norm_token = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
@@ -59,12 +60,13 @@ class DiscriminatorHead(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, 1))
 
     def initialise(self, seed: int) -> DiscriminatorHead:
-        """Draw fresh weights that depend on the seed alone; the first verdict is undecided."""
+        """Draw fresh weights that depend on the seed alone."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
-        nn.init.zeros_(self.head[-1].weight)
+            else:
+                nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
         return self
 
     def forward(self, features: Sequence[Tensor], time: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from training.parallel import Processes
 from training.prompts import open_prompts
 from training.score import ScoreNetwork
 from training.settings import NetworkSettings
-from training.stage import Metrics, check_same_shape, check_text
+from training.stage import Metrics, check_prompts, check_same_shape, check_text
 from training.stage_settings import DMDSettings, SiDSettings
 from training.window import Scored
 
@@ -42,6 +42,7 @@ class DMDStage(DistillStage[DMDSettings]):
     @classmethod
     def check(cls, settings: DMDSettings) -> None:
         super().check(settings)
+        check_prompts(settings, settings.prompts)
         config = network_config(settings.network)
         for name, network in (("score.teacher", settings.score.teacher), ("score.critic", _critic(settings))):
             check_same_shape(name, config, network_config(network), ("in_channels", "text_dim"))

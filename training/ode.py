@@ -26,7 +26,7 @@ from training.rollout import Rollout, RolloutPlan
 from training.score import ScoreNetwork, solve_ode
 from training.settings import NetworkSettings, RolloutSettings, require
 from training.settings_file import as_plain, first_difference
-from training.stage import Metrics, Stage
+from training.stage import Metrics, Stage, check_prompts
 from training.stage_settings import OdePairsSettings, OdeSettings
 
 MARKER = "pairs.json"
@@ -61,6 +61,7 @@ class OdePairsStage(Stage[OdePairsSettings]):
     @classmethod
     def check(cls, settings: OdePairsSettings) -> None:
         super().check(settings)
+        check_prompts(settings, settings.prompts)
         marker = Path(settings.run.out) / MARKER
         if marker.is_file():
             saved = json.loads(marker.read_text(encoding="utf-8"))["settings"]

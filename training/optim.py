@@ -147,7 +147,8 @@ class Trainee:
             )
         )
         self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.average = WeightAverage(list(network.parameters()), settings.average_decay)
+        parameters = list(network.parameters())
+        self.average = WeightAverage(parameters, settings.average_decay) if settings.average_decay else None
 
     def step(self, step: int) -> float:
         """Clip, move the weights by their gradients, and let the average follow. Returns the norm before clipping.
@@ -169,10 +170,11 @@ class Trainee:
         for optimizer in self.optimizers:
             optimizer.step()
         self.forget_gradients()
-        if settings.average_decay and step >= settings.average_from:
-            self.average.update()
-        else:
-            self.average.restart()
+        if self.average is not None:
+            if step >= settings.average_from:
+                self.average.update()
+            else:
+                self.average.restart()
         return norm
 
     def forget_gradients(self) -> None:
@@ -182,6 +184,9 @@ class Trainee:
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The network with its averaged weights, inside the `with`."""
+        if self.average is None:
+            yield self.network
+            return
         parameters = self.average.parameters
         kept = [local(parameter.detach()).clone() for parameter in parameters]
         self.average.copy_to(parameters)
@@ -194,24 +199,26 @@ class Trainee:
             gather_again(self.network)
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The whole averaged weights, on the CPU. Every process must ask for them."""
-        names = [name for name, _ in self.network.named_parameters()]
-        return {
-            name: whole(value).cpu() for name, value in zip(names, self.average.average, strict=True)
-        }
+        """The whole averaged weights (without an average: the weights), on the CPU. Every process must ask for them."""
+        return {name: whole(value.detach()).cpu() for name, value in self._averages().items()}
+
+    def _averages(self) -> dict[str, Tensor]:
+        named = dict(self.network.named_parameters())
+        return named if self.average is None else dict(zip(named, self.average.average, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs, sharded as it is."""
-        names = [name for name, _ in self.network.named_parameters()]
-        return {
+        state: dict[str, Any] = {
             "weights": get_model_state_dict(self.network),
             "optimizer": get_optimizer_state_dict(self.network, self.optimizers),
-            "average": dict(zip(names, self.average.average, strict=True)),
-            "average_steps": torch.tensor(self.average.steps),
         }
+        if self.average is not None:
+            state |= {"average": self._averages(), "average_steps": torch.tensor(self.average.steps)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.network, state["weights"])
         set_optimizer_state_dict(self.network, self.optimizers, state["optimizer"])
-        self.average.copy_from(list(state["average"].values()))
-        self.average.steps = int(state["average_steps"])
+        if self.average is not None:
+            self.average.copy_from(list(state["average"].values()))
+            self.average.steps = int(state["average_steps"])

@@ -10,14 +10,17 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from pipeline.errors import InvalidSettings
+from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel
 from training.draws import Draws
 from training.network import load_network, load_text_encoder, network_config
 from training.optim import Trainee
 from training.parallel import Processes
-from training.settings import NetworkSettings, OptimizerSettings, StageSettings
+from training.prompts import open_prompts
+from training.settings import NetworkSettings, OptimizerSettings, PromptSettings, StageSettings
 
 Kind = TypeVar("Kind", bound=StageSettings)
 Metrics = dict[str, float]
@@ -35,9 +38,12 @@ class Stage(ABC, Generic[Kind]):
     def __init__(self, settings: Kind, processes: Processes) -> None:
         self.settings = settings
         self.processes = processes
-        self.text = load_text_encoder(settings.text, processes.device)
+        self.text = self.load_text()
         self.without = self.embed([settings.text.negative])
         self.trainees: dict[str, Trainee] = {}
+
+    def load_text(self) -> TextEncoder:
+        return load_text_encoder(self.settings.text, self.processes.device)
 
     @classmethod
     def check(cls, settings: Kind) -> None:
@@ -81,7 +87,7 @@ class Stage(ABC, Generic[Kind]):
         run, processes = self.settings.run, self.processes
         batch = batch or run.batch
         share = batch // processes.count
-        size = (run.micro_batch or share) * (batch // run.batch)
+        size = run.micro_batch * (batch // run.batch) or share
         begin = processes.rank * share
         return [
             Draws(run.seed, step, range(start, start + size), batch) for start in range(begin, begin + share, size)
@@ -113,6 +119,12 @@ def check_text(settings: StageSettings, config: dict[str, Any]) -> None:
         raise InvalidSettings(
             f"The text encoder in {settings.text.folder} is {width} wide, but the network takes {config.get('text_dim')}."
         )
+
+
+def check_prompts(settings: StageSettings, prompts: PromptSettings) -> None:
+    """Every prompt must be one that the text encoder reads to its end."""
+    if prompts.source != "world":
+        open_prompts(prompts, AutoTokenizer.from_pretrained(Path(settings.text.folder) / "tokenizer"), settings.text.length)
 
 
 def check_same_shape(name: str, config: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ class DistillSettings(StageSettings):
     """What DMD, SiD and GAN share: a generator that rolls out, and a critic trained along."""
 
     rollout: RolloutSettings
-    critic_optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(rate=4e-7))
+    critic_optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(rate=4e-7, average_decay=0.0))
     generator_every: int = 5
     """The critic learns in every step, the generator in every so many."""
     critic_warmup: int = 0

@@ -72,6 +72,21 @@ def find_videos(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int) -
     return videos
 
 
+def _read_list(path: Path) -> dict[str, str]:
+    """File name -> caption."""
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            name, caption = entry["file"], entry["caption"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingDataError(
+                f'Line {number} of {path.name} must be like {{"file": "name.mp4", "caption": "..."}}.'
+            ) from error
+        captions[str(name)] = str(caption)
+    return captions
+
+
 def read_frames(video: Video, count: int, size: tuple[int, int] | None = None) -> Array:
     """The first `count` frames, uint8 [T, H, W, 3].
 
