@@ -69,7 +69,7 @@ def rotary_positions(head_dim: int, rows: int, columns: int) -> RotaryPositions:
 
 
 def apply_rotary(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32 at least; returned in x's dtype."""
+    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32 or wider; in x's dtype."""
     cos, sin = rotation
     wide = torch.promote_types(x.dtype, torch.float32)
     real, imaginary = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)

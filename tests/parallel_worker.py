@@ -1,4 +1,4 @@
-"""Runs every stage in one process or several and writes down gradients and weights: `torchrun tests/parallel_worker.py`.
+"""Runs every stage in one process or several and writes down gradients and weights; started by `torchrun`.
 
 Arguments: the data set's folder and the folder for the results, one `.pt` a job, of whole tensors.
 """
@@ -40,7 +40,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Job -> stage and what it changes. Each part of each loss that could depend on how a batch is cut is in one of them."""
+"""Job -> stage and what it changes. All that could depend on how a batch is cut is in one of them."""
 STEPS = 3
 
 

@@ -96,7 +96,10 @@ def listed(*lines: str) -> Callable[[Path], object]:
         (lambda folder: (folder / "b.txt").unlink(), "b.mp4 has no caption: b.txt is missing"),
         (cut, "b.mp4 cannot be decoded"),
         (lambda folder: (folder / "b.mp4").write_bytes(b""), "b.mp4 cannot be decoded"),
-        (lambda folder: write_video(folder / "b.mp4", size=(32, 32)), "b.mp4 is 32x32, but the videos before it are 32x16"),
+        (
+            lambda folder: write_video(folder / "b.mp4", size=(32, 32)),
+            "b.mp4 is 32x32, but the videos before it are 32x16",
+        ),
         (lambda folder: write_video(folder / "b.mp4", frames=9), "b.mp4 has 9 frames, but 21 are needed"),
         (lambda folder: write_video(folder / "a.mp4", size=(24, 32)), "a.mp4 is 32x24: both must be multiples of 16"),
         (lambda folder: [path.unlink() for path in folder.glob("*.mp4")], "holds no .mp4 files"),

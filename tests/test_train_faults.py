@@ -1,4 +1,4 @@
-"""What a killed, cut-off or confused run leaves: the last whole checkpoint, one sentence, and the same weights later."""
+"""What a killed or confused run leaves: the last whole checkpoint, one sentence, and the same weights later."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -160,8 +161,6 @@ def test_a_gradient_that_is_no_number_is_named_and_not_saved(world: Path, tmp_pa
     broken = tmp_path / "world"
     shutil.copytree(world, broken)
     latents = torch.full((12, 13, 4, 2, 4), float("nan"), dtype=torch.float16)
-    import numpy as np
-
     np.save(broken / "latents.npy", latents.numpy())
     with pytest.raises(NonFiniteOutput, match="The gradient became nan in step 1"):
         run_stage("teacher", stage_settings("teacher", broken, tmp_path / "out", run__checkpoint_every=1))

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.errors import InvalidSettings, SelfForcingError
+from pipeline.errors import InvalidSettings, OptionUnavailable, SelfForcingError
 from tests.training_world import make_world, stage_settings
 from training.settings import OptimizerSettings, RolloutSettings
 from training.settings_file import load_settings
-from training.stages import STAGES
+from training.stages import STAGES, run_stage
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "training" / "configs").glob("*.toml"))
 
@@ -111,7 +112,7 @@ def test_impossible_rollouts_are_refused(changes: dict[str, Any], message: str) 
         ("causal", {"clips__folder": "nowhere"}, "nowhere holds no finished data set"),
         ("causal", {"forcing": "none"}, "must be one of teacher, diffusion"),
         ("causal", {"lengths": [1]}, "shifts has 0 values for 1 lengths"),
-        ("causal", {"lengths": [1], "shifts": [1.0], "curriculum": [[0.0, 0.5, 0.6]]}, "shares that make 1"),
+        ("causal", {"lengths": [1], "shifts": [1.0], "curriculum": [[0.0, 0.5, 0.6]]}, "shares of sum 1"),
         ("causal", {"block_frames": 4}, "6 frames do not divide into blocks of 4"),
         ("ode_pairs", {"solver_steps": 5}, "none of the solver's 5 steps"),
         ("ode", {"pairs": "nowhere"}, "nowhere holds no ODE pairs"),
@@ -126,6 +127,14 @@ def test_stages_refuse_before_they_start(
         kind.check(settings)
     assert not (tmp_path / "out").exists()
     assert len(re.findall(r"\.(?: |$)", str(refused.value))) <= 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionUnavailable, match="run.device is 'cuda', but torch finds no GPU"):
+        run_stage("dmd", stage_settings("dmd", world, tmp_path, run__device="cuda"))
+    with pytest.raises(InvalidSettings, match="run.cpu_offload is true"):
+        run_stage("dmd", stage_settings("dmd", world, tmp_path, run__cpu_offload=True))
 
 
 def test_a_batch_must_divide_among_processes(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,15 @@ def test_command_line_chain_ends_in_a_model_that_streams(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """ODE start, then DMD from it, then a model folder; a second start of a finished stage changes nothing."""
-    import json
-
     for name, start in (("ode", world), ("dmd", tmp_path / "ode")):
         plain = as_plain(stage_settings(name, world, tmp_path / name, network={"init": str(start)}))
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(plain))
         assert main([name, str(path), "run.steps=2"]) == 0
     finished = weights(tmp_path / "dmd")
+    config = json.loads((tmp_path / "dmd" / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "CausalWanTransformer3DModel"
+    assert json.loads((tmp_path / "dmd" / "settings.json").read_text())["stage"] == "dmd"
     assert main(["dmd", str(tmp_path / "dmd.json"), "run.steps=2"]) == 0
     assert all(torch.equal(value, finished[key]) for key, value in weights(tmp_path / "dmd").items())
     assert main(["dmd", str(tmp_path / "dmd.json"), "optimizer.rat=1"]) == 2

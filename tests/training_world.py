@@ -89,7 +89,14 @@ def stage_settings(name: str, world: Path, out: Path, **changes: Any) -> Any:
         "ode": {"rollout": rollout, "pairs": str(world / "pairs")},
         "dmd": {"score": score},
         "sid": {"score": score},
-        "gan": {"clips": clips, "taps": [0, 1], "r1_weight": 0.1, "r2_weight": 0.1, "weight": 1.0, "critic_weight": 1.0},
+        "gan": {
+            "clips": clips,
+            "taps": [0, 1],
+            "r1_weight": 0.1,
+            "r2_weight": 0.1,
+            "weight": 1.0,
+            "critic_weight": 1.0,
+        },
     }[name]
     for key, value in changes.items():
         place = values

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("settings", type=Path, help="a .toml or .json file")
-    parser.add_argument("override", nargs="*", metavar="section.name=value", help="settings that differ from the file's")
+    parser.add_argument(
+        "override", nargs="*", metavar="section.name=value", help="settings that differ from the file's"
+    )
     options = parser.parse_args(argv)
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(message)s")

@@ -78,7 +78,9 @@ class Checkpoints:
         try:
             dcp.load(state, checkpoint_id=str(path))
         except (CheckpointException, OSError, RuntimeError, KeyError) as error:
-            raise WeightsError(f"The checkpoint {path.name} in {self.folder} cannot be read: {_cause(error)}.") from error
+            raise WeightsError(
+                f"The checkpoint {path.name} in {self.folder} cannot be read: {_cause(error)}."
+            ) from error
         return int(path.name.removeprefix("step-"))
 
     def save(self, state: dict[str, Any], step: int) -> None:

@@ -95,7 +95,9 @@ def open_clips(settings: ClipSettings) -> ClipSource:
         raise TrainingDataError(f"The data set in {folder} is damaged: make it again.") from error
     length = source.latents.shape[1]
     if length < settings.frames:
-        raise TrainingDataError(f"Clips in {folder} have {length} latent frames, but clips.frames is {settings.frames}.")
+        raise TrainingDataError(
+            f"Clips in {folder} have {length} latent frames, but clips.frames is {settings.frames}."
+        )
     return source
 
 

@@ -39,7 +39,7 @@ EVALUATION_SEED = 11
 
 
 def frechet_distance(one: Array, two: Array) -> float:
-    """Frechet distance of two sets of features [N, D], each seen as a Gaussian: |m - m'|^2 + tr(C + C' - 2(CC')^1/2)."""
+    """Frechet distance of features [N, D], each set seen as a Gaussian: |m - m'|^2 + tr(C + C' - 2(CC')^1/2)."""
     means = [features.mean(axis=0) for features in (one, two)]
     first, second = (np.cov(features, rowvar=False) for features in (one, two))
     values, vectors = np.linalg.eigh(first)
@@ -74,7 +74,14 @@ def train(method: str, seed: int, options: argparse.Namespace) -> Path:
         overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.minutes={options.minutes:g}"]
         overrides += [f"network.init={json.dumps(str(options.start))}", *options.set]
         settings = options.configs / f"embedded_{method}.toml"
-        command = [sys.executable, *(launcher if options.processes > 1 else []), "-m", "training", method, str(settings)]
+        command = [
+            sys.executable,
+            *(launcher if options.processes > 1 else []),
+            "-m",
+            "training",
+            method,
+            str(settings),
+        ]
         logger.info("%s, seed %d", method, seed)
         if subprocess.run([*command, *overrides], check=False).returncode:
             raise TrainingError(f"The training of {method} with seed {seed} failed; what it said stands above.")
@@ -141,7 +148,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--start", type=Path, default=Path("training/cache/ode"), help="a finished run of the stage ode")
+    parser.add_argument(
+        "--start", type=Path, default=Path("training/cache/ode"), help="a finished run of the stage ode"
+    )
     parser.add_argument("--data", type=Path, default=Path("training/cache"), help="with text/, vae/, taehv/ and probe/")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--configs", type=Path, default=Path("training/configs"))

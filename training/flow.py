@@ -59,7 +59,9 @@ class FlowStage(Stage[FlowSettings]):
         frames, shift = self._arrangement(step, progress)
         # Shorter windows come in larger numbers: a step costs about the same whatever its arrangement.
         parts = self.parts(step, settings.run.batch * (settings.clips.frames // frames))
-        loss = self.learn((self.loss(self.clips.draw(part, frames), part, shift, progress) for part in parts), len(parts))
+        loss = self.learn(
+            (self.loss(self.clips.draw(part, frames), part, shift, progress) for part in parts), len(parts)
+        )
         norm = self.trainees["generator"].step(step)
         return {f"loss/{frames}": loss, "norm": norm}
 
@@ -96,7 +98,9 @@ class FlowStage(Stage[FlowSettings]):
         settings = self.settings
         batch, frames = clips.latents.shape[:2]
         alone = 1 if settings.first_frame and frames > 1 else 0
-        sizes = [1] * alone + [min(frames, settings.block_frames)] * ((frames - alone) // min(frames, settings.block_frames))
+        sizes = [1] * alone + [min(frames, settings.block_frames)] * (
+            (frames - alone) // min(frames, settings.block_frames)
+        )
         if settings.forcing == "none":
             level = shifted_time(draws.spread("level", 1), shift).expand(batch, frames)
             return level, torch.ones(batch, frames)

@@ -44,7 +44,9 @@ class GANStage(DistillStage[GANSettings]):
     def check(cls, settings: GANSettings) -> None:
         super().check(settings)
         config, rollout = network_config(settings.network), settings.rollout
-        require(settings.taps[-1] < config["num_layers"], f"taps names layer {settings.taps[-1]} of {config['num_layers']}.")
+        require(
+            settings.taps[-1] < config["num_layers"], f"taps names layer {settings.taps[-1]} of {config['num_layers']}."
+        )
         found = open_clips(settings.clips).latents.shape[2:]
         wanted = (config["in_channels"], rollout.height, rollout.width)
         require(found == wanted, f"Clips in {settings.clips.folder} are {found}, but the generator's are {wanted}.")

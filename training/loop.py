@@ -57,6 +57,8 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
             over = bool(run.minutes) and processes.agreed(time.monotonic() - started > 60 * run.minutes)
             if over or step == run.steps or step % run.checkpoint_every == 0:
                 save(stage, checkpoints, step)
+                shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+                logger.info("%s: step %d of %d saved  %s", name, step, run.steps, shown)
             if over:
                 break
     except SelfForcingError:
@@ -71,7 +73,7 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
         bar.close()
         if writer is not None:
             writer.close()
-    hand_on(stage, out, processes)
+    hand_on(stage, checkpoints, out)
     return step
 
 
@@ -90,15 +92,14 @@ def save(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
     checkpoints.save({name: trainee.state_dict() for name, trainee in stage.trainees.items()}, step)
 
 
-def hand_on(stage: Stage, out: Path, processes: Processes) -> None:
+def hand_on(stage: Stage, checkpoints: Checkpoints, out: Path) -> None:
     """Write the generator's averaged weights to `transformer/`, and the settings beside them."""
     generator = stage.trainees["generator"]
     weights = {name: value.float() for name, value in generator.averaged_weights().items()}
-    if processes.leads:
+    if stage.processes.leads:
         save_network(generator.network, weights, out / "transformer")
-        described = Checkpoints(out, type(stage).__name__, stage.settings, processes).described
-        (out / SETTINGS_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    processes.barrier()
+        (out / SETTINGS_FILE).write_text(json.dumps(checkpoints.described, indent=1) + "\n", encoding="utf-8")
+    stage.processes.barrier()
 
 
 @torch.no_grad()

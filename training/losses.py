@@ -73,7 +73,7 @@ def clean_loss(predicted: Tensor, clean: Tensor, weight: Tensor | None = None) -
 
 
 def gan_generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
-    """softplus(-D(fake)), or with the real clips' logits the relativistic softplus(D(real) - D(fake)). Logits [B, 1]."""
+    """softplus(-D(fake)), or with real clips' logits the relativistic softplus(D(real) - D(fake)). Logits [B, 1]."""
     return F.softplus(-(fake if real is None else fake - real)).mean()
 
 

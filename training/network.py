@@ -98,7 +98,9 @@ def save_network(config: CausalWanTransformer3DModel, weights: dict[str, torch.T
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config.save_config(partial)
+        # A sharded network has a class of torch's making; the file must name the one that loads it.
+        plain = json.loads(config.to_json_string()) | {"_class_name": CausalWanTransformer3DModel.__name__}
+        (partial / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         save_file({name: value.contiguous() for name, value in weights.items()}, partial / WEIGHTS_FILE)
         if folder.exists():
             shutil.rmtree(folder)

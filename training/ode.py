@@ -80,7 +80,9 @@ class OdePairsStage(Stage[OdePairsSettings]):
             marker.write_text(json.dumps({"settings": as_plain(settings)}, indent=1), encoding="utf-8")
             marker.replace(self.out / MARKER)
         processes.barrier()
-        for step in tqdm(range(settings.run.steps), desc="ode_pairs", unit="batch", disable=not processes.leads or None):
+        for step in tqdm(
+            range(settings.run.steps), desc="ode_pairs", unit="batch", disable=not processes.leads or None
+        ):
             self.step(step)
         return settings.run.steps
 
@@ -97,7 +99,9 @@ class OdePairsStage(Stage[OdePairsSettings]):
                 partial.replace(path)
             except (OSError, SafetensorError) as error:
                 partial.unlink(missing_ok=True)
-                raise TrainingError(f"{path.name} could not be written ({error}); the files before it are whole.") from error
+                raise TrainingError(
+                    f"{path.name} could not be written ({error}); the files before it are whole."
+                ) from error
         return {}
 
     def solve(self, draws: Draws) -> tuple[list[str], Tensor]:
@@ -135,7 +139,7 @@ class PairFiles:
                 raise TrainingDataError(f"{path.name} in {folder} is damaged: delete it and make it again.") from error
             if found[1:] != (states, *shape):
                 raise TrainingDataError(
-                    f"{path.name} in {folder} holds trajectories of shape {found[1:]}, but {(states, *shape)} is needed."
+                    f"{path.name} in {folder} has trajectories of shape {found[1:]}, but {(states, *shape)} is needed."
                 )
             self._rows += [(path, row) for row in range(found[0])]
             self._captions += captions

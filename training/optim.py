@@ -162,7 +162,9 @@ class Trainee:
                 parameter.grad = torch.zeros_like(parameter)
         norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)).item()
         if not norm < float("inf"):
-            raise NonFiniteOutput(f"The gradient became {norm} in step {step + 1}. Lower the rate, or look at the data.")
+            raise NonFiniteOutput(
+                f"The gradient became {norm} in step {step + 1}. Lower the rate, or look at the data."
+            )
         scale = settings.scale(step, self.steps)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self._rates, strict=True):

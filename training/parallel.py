@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from pipeline.errors import OptionUnavailable
+from pipeline.errors import InvalidSettings, OptionUnavailable
 from training.settings import RunSettings
 
 _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -95,7 +95,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
 
     Raises:
         OptionUnavailable: a GPU was asked for and there is none.
-        InvalidSettings: the batch cannot be shared out.
+        InvalidSettings: the batch cannot be shared out, or weights cannot be kept off a GPU that is not there.
     """
     # Raised for every block; nothing here changes what a network returns in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -104,6 +104,8 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise OptionUnavailable("run.device is 'cuda', but torch finds no GPU on this machine.")
     gpu = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+    if settings.cpu_offload and not gpu:
+        raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"

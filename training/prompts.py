@@ -48,7 +48,9 @@ class PromptFile:
             raise TrainingDataError(f"The prompt file {path} cannot be read: {reason}.") from error
         if not lines:
             raise TrainingDataError(f"The prompt file {path} is empty.")
-        self.prompts = [checked_caption(line, f"Line {n} of {path}", tokenizer, length) for n, line in enumerate(lines, 1)]
+        self.prompts = [
+            checked_caption(line, f"Line {n} of {path}", tokenizer, length) for n, line in enumerate(lines, 1)
+        ]
 
     def draw(self, draws: Draws, purpose: str) -> list[str]:
         return [self.prompts[int(rng.integers(len(self.prompts)))] for rng in draws.own(purpose)]

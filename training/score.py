@@ -50,9 +50,7 @@ class ScoreNetwork:
         """The clip [B, F, C, h, w] at the table's level nearest to each frame's timestep [B, F]."""
         return add_noise(clean, noise, self._sigma(timestep))
 
-    def flow(
-        self, noisy: Tensor, timestep: Tensor, text: TextKV, taps: dict[int, Tensor] | None = None
-    ) -> Tensor:
+    def flow(self, noisy: Tensor, timestep: Tensor, text: TextKV, taps: dict[int, Tensor] | None = None) -> Tensor:
         """Predicted noise - clean of clips [B, F, C, h, w] at timesteps [B, F]; `taps` as in the network's forward."""
         mask = self._mask(noisy)
         flow = self.network(noisy.to(self.compute_dtype), timestep, text, mask=mask, taps=taps)
@@ -62,9 +60,7 @@ class ScoreNetwork:
         """Predicted clean clip."""
         return flow_to_clean(self.flow(noisy, timestep, text), noisy, self._sigma(timestep))
 
-    def guided_clean(
-        self, noisy: Tensor, timestep: Tensor, text: TextKV, without: TextKV, guidance: float
-    ) -> Tensor:
+    def guided_clean(self, noisy: Tensor, timestep: Tensor, text: TextKV, without: TextKV, guidance: float) -> Tensor:
         """Predicted clean clip, led away from the text `without` by c + guidance * (c - u)."""
         clean = self.clean(noisy, timestep, text)
         if guidance == 0:
@@ -81,9 +77,7 @@ class ScoreNetwork:
         key = (frames, height, width)
         if key not in self._masks:
             rows, columns = self.network.token_grid(height, width)
-            visible = block_causal(
-                frames, self.block_frames, first_frame=self.first_frame, window=self.window or None
-            )
+            visible = block_causal(frames, self.block_frames, first_frame=self.first_frame, window=self.window or None)
             self._masks[key] = frame_mask(visible, rows * columns).to(clips.device)
         return self._masks[key]
 

@@ -52,9 +52,7 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str = "", sect
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise InvalidSettings(f"The setting {section}{name} is missing{where}.")
-    converted = {
-        name: _convert(hints[name], value, f"{section}{name}", where) for name, value in values.items()
-    }
+    converted = {name: _convert(hints[name], value, f"{section}{name}", where) for name, value in values.items()}
     return kind(**converted)
 
 

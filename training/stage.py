@@ -63,9 +63,7 @@ class Stage(ABC, Generic[Kind]):
     def sample(self, draws: Draws) -> tuple[list[str], Tensor]:
         """Captions and latents [B, F, C, h, w] for a sample sheet, by the averaged network."""
 
-    def trainee(
-        self, name: str, source: NetworkSettings, optimizer: OptimizerSettings
-    ) -> CausalWanTransformer3DModel:
+    def trainee(self, name: str, source: NetworkSettings, optimizer: OptimizerSettings) -> CausalWanTransformer3DModel:
         """Load and shard a network that learns, and register it."""
         run = self.settings.run
         network = load_network(source, self.processes.master_dtype, run.seed).requires_grad_(True).train()
@@ -89,9 +87,7 @@ class Stage(ABC, Generic[Kind]):
         share = batch // processes.count
         size = run.micro_batch * (batch // run.batch) or share
         begin = processes.rank * share
-        return [
-            Draws(run.seed, step, range(start, start + size), batch) for start in range(begin, begin + share, size)
-        ]
+        return [Draws(run.seed, step, range(start, start + size), batch) for start in range(begin, begin + share, size)]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, text_len, text_dim] on the run's device, in what networks compute in."""
@@ -117,14 +113,17 @@ def check_text(settings: StageSettings, config: dict[str, Any]) -> None:
     width = json.loads(path.read_text(encoding="utf-8")).get("d_model")
     if width != config.get("text_dim"):
         raise InvalidSettings(
-            f"The text encoder in {settings.text.folder} is {width} wide, but the network takes {config.get('text_dim')}."
+            f"The text encoder in {settings.text.folder} is {width} wide, but the network takes "
+            f"{config.get('text_dim')}."
         )
 
 
 def check_prompts(settings: StageSettings, prompts: PromptSettings) -> None:
     """Every prompt must be one that the text encoder reads to its end."""
     if prompts.source != "world":
-        open_prompts(prompts, AutoTokenizer.from_pretrained(Path(settings.text.folder) / "tokenizer"), settings.text.length)
+        open_prompts(
+            prompts, AutoTokenizer.from_pretrained(Path(settings.text.folder) / "tokenizer"), settings.text.length
+        )
 
 
 def check_same_shape(name: str, config: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> None:

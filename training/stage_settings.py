@@ -59,13 +59,14 @@ class FlowSettings(StageSettings):
                 f"{length} frames do not divide into blocks of {self.block_frames}.",
             )
         require(
-            len(self.shifts) == len(self.lengths), f"shifts has {len(self.shifts)} values for {len(self.lengths)} lengths."
+            len(self.shifts) == len(self.lengths),
+            f"shifts has {len(self.shifts)} values for {len(self.lengths)} lengths.",
         )
         require(bool(self.lengths) == bool(self.curriculum), "lengths and curriculum go together.")
         for phase in self.curriculum:
             require(
                 len(phase) == len(self.lengths) + 2 and abs(sum(phase[1:]) - 1) < 1e-6,
-                f"The curriculum's phase {list(phase)} must be a progress and {len(self.lengths) + 1} shares that make 1.",
+                f"The curriculum's phase {list(phase)} must be a progress and {len(self.lengths) + 1} shares of sum 1.",
             )
         require(not self.curriculum or self.curriculum[0][0] == 0, "The curriculum must begin at progress 0.")
         for name in ("clean_blocks", "clean_level", "context_level"):
@@ -184,4 +185,3 @@ class GANSettings(DistillSettings):
             self.clips.frames == self.rollout.frames,
             f"clips.frames is {self.clips.frames}, but clips of the generator have {self.rollout.frames}.",
         )
-

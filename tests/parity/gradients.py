@@ -1,4 +1,4 @@
-"""Golden case 10: the gradients of a training rollout, with the cache detached and with gradients leaking through it."""
+"""Golden case 10: the gradients of a training rollout, with the cache detached and with a leaky one."""
 
 from __future__ import annotations
 

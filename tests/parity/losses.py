@@ -60,9 +60,7 @@ def check_losses(path: Path) -> list[Row]:
     compare("critic.grad_pred_x0", predicted.grad)
 
     for name in ("sid1.0", "sid1.2"):
-        leaves = {
-            key: data[key].clone().requires_grad_() for key in ("x", "real_cond", "real_uncond", "fake_cond")
-        }
+        leaves = {key: data[key].clone().requires_grad_() for key in ("x", "real_cond", "real_uncond", "fake_cond")}
         real = guided(leaves["real_cond"], leaves["real_uncond"], config["variants"]["dmd"]["real_guidance_scale"])
         loss = sid_loss(leaves["x"], real, leaves["fake_cond"], alpha=float(name.removeprefix("sid")))
         loss.backward()
