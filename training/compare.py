@@ -73,6 +73,8 @@ def train(method: str, seed: int, options: argparse.Namespace) -> Path:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
         overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.minutes={options.minutes:g}"]
         overrides += [f"network.init={json.dumps(str(options.start))}", *options.set]
+        if method != "gan":
+            overrides.append(f"score.teacher.init={json.dumps(str(options.teacher))}")
         settings = options.configs / f"embedded_{method}.toml"
         command = [
             sys.executable,
@@ -151,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--start", type=Path, default=Path("training/cache/ode"), help="a finished run of the stage ode"
     )
+    parser.add_argument("--teacher", type=Path, default=Path("training/cache/base"), help="of DMD and SiD")
     parser.add_argument("--data", type=Path, default=Path("training/cache"), help="with text/, vae/, taehv/ and probe/")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--configs", type=Path, default=Path("training/configs"))
