@@ -1,4 +1,4 @@
-"""`python app.py`: the page, on http://127.0.0.1:7860.
+"""`python app.py`: the page, on http://127.0.0.1:7860, at once: the model loads while it is there already.
 
 `build_app(pipeline)` is the same page around any pipeline, for tests and for other programs.
 """
@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from pipeline.blocks import StreamingPipeline
 from pipeline.cli import (
     EMBEDDED_MODEL,
     LoadPipeline,
@@ -26,9 +26,11 @@ from pipeline.cli import (
 )
 from pipeline.config import SECONDS_RANGE
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.loading import report_loading
 from pipeline.worker import ModelWorker
 from web.generation import DEFAULT_MAX_SECONDS
 from web.page import build_app
+from web.storage import TemporaryHome
 
 __all__ = ["build_app", "main"]
 
@@ -38,24 +40,27 @@ EXIT_BAD_INPUT = 2
 POLL_SECONDS = 0.5
 """How long to wait in one go: on Windows Ctrl-C does not interrupt a wait."""
 
+MCP_PATH = "/gradio_api/mcp/"
+
 ON_SPACE = "SPACE_ID" in os.environ
 """Hugging Face Spaces set this; there, the platform is what stands between the page and the public."""
 
 
 def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) -> int:
     """Serve the page until Ctrl-C or SIGTERM. Returns the exit code: 0, 1 (failed) or 2 (bad input)."""
-    worker = None
+    worker, home = None, None
+    stop = threading.Event()
     try:
         options = parse(argv)
         auth = read_auth(options.auth)
         check_exposure(options, auth)
         folder, device = check_model_folder(options.model), check_device_name(options.device)
+        home = make_home()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         say(f"Loading the model in {folder.name} ...")
-        worker = ModelWorker(lambda: load(folder, device))
-        wait_until_loaded(worker)
-        serve(worker, options, auth)
-        return 0
-    except KeyboardInterrupt:
+        worker = ModelWorker(lambda: warmed_up(load(folder, device)))
+        serve(worker, options, auth, stop)
         return 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
@@ -66,22 +71,44 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
     finally:
         if worker is not None:
             worker.close(timeout=2)
+        if home is not None:
+            home.close()
 
 
-def wait_until_loaded(worker: ModelWorker) -> None:
-    while True:
-        with suppress(TimeoutError):
-            worker.wait_ready(POLL_SECONDS)
-            return
+def make_home() -> TemporaryHome:
+    """A folder of this process's own for uploads and videos; Gradio is told to put its files there.
+
+    Raises:
+        SelfForcingError: it cannot be made.
+    """
+    try:
+        home = TemporaryHome(os.environ.get("GRADIO_TEMP_DIR"))
+    except OSError as error:
+        raise SelfForcingError(
+            f"The folder for temporary files cannot be used ({error.strerror}). Free some space or name another one "
+            "in GRADIO_TEMP_DIR."
+        ) from error
+    os.environ["GRADIO_TEMP_DIR"] = str(home.path)
+    return home
 
 
-def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
+def warmed_up(pipeline: StreamingPipeline) -> StreamingPipeline:
+    """What happens only once, kernels being chosen and memory fetched, need not happen in front of a visitor."""
+    if hasattr(pipeline, "warm_up"):
+        report_loading("Warming up", 0.9)
+        pipeline.warm_up()
+    return pipeline
+
+
+def serve(
+    worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str] | None, stop: threading.Event
+) -> None:
     """Serve until told to stop.
 
     Raises:
         InvalidRequest: the address cannot be served on.
+        SelfForcingError: the model could not be loaded.
     """
-    stop = threading.Event()
     demo = build_app(worker, options.max_seconds)
     try:
         _, local, public = demo.launch(
@@ -89,6 +116,7 @@ def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str
             server_port=options.port,
             share=options.share,
             auth=auth,
+            mcp_server=options.mcp,
             quiet=True,
             prevent_thread_lock=True,
         )
@@ -97,12 +125,20 @@ def serve(worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str
             f"Port {options.port} on {options.host} cannot be used: another program has it, or the address is not this "
             "machine's. Choose another one with --port."
         ) from error
+    address = public or local
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        say(f"Open {public or local} in a browser. Ctrl-C stops.")
+        if options.share and not public:
+            say("There is no share link: gradio.live could not be reached. The page is on this machine only.")
+        say(f"Open {address} in a browser. Ctrl-C stops.")
+        if options.mcp:
+            say(f"MCP clients connect to {address.rstrip('/')}{MCP_PATH}.")
+        announced = False
         while not stop.wait(POLL_SECONDS):
-            pass
+            if worker.loaded and not announced:
+                worker.wait_ready()
+                say("The model is ready.")
+                announced = True
+        say("Stopping: a video that is being made ends here." if worker.busy else "Stopping.")
     finally:
         demo.close(verbose=False)
 
@@ -116,6 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="also open a temporary public link through gradio.live")
+    parser.add_argument("--mcp", action="store_true", help="serve the API to MCP clients as well")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
     parser.add_argument(
         "--allow-public", action="store_true", help="serve beyond this machine without a password, on purpose"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -19,6 +20,10 @@ import ftfy
 from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
 
 MAX_PROMPT_CHARS = 2000
+_MAX_REPAIRED_CHARS = 4 * MAX_PROMPT_CHARS
+"""Longer texts are not repaired. The time for it grows with the square of what a hostile text nests: minutes."""
+_ENDLESS_REFERENCE = re.compile("&#[0-9]{20,};?")
+"""An HTML character code beyond all characters, with more digits than Python may be willing to read."""
 MAX_SEED = 2**32 - 1
 SECONDS_RANGE = (0.1, 600.0)
 FPS_RANGE = (1.0, 60.0)
@@ -159,18 +164,27 @@ class GenerationRequest:
 
 
 def clean_prompt(text: str) -> str:
-    """The reference's prompt cleaning (mojibake, HTML entities, white space), then NFC without control characters."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    """The reference's prompt cleaning (mojibake, HTML entities, white space), then NFC without control characters.
+
+    A text that is far too long for a prompt only loses white space and control characters.
+    """
+    if len(text) > _MAX_REPAIRED_CHARS:
+        text = " ".join(text.split())
+    repaired = len(text) <= _MAX_REPAIRED_CHARS
+    if repaired:
+        text = ftfy.fix_text(text)
+        for _ in range(2):
+            text = html.unescape(_ENDLESS_REFERENCE.sub("\ufffd", text))
     # Tabs and line breaks are white space to the tokenizer; other control characters are nothing to anybody.
     # A lone surrogate cannot be encoded as UTF-8 and would fail deep inside the tokenizer.
     text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join((unicodedata.normalize("NFC", text) if repaired else text).split())
 
 
 def checked_prompt(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"prompt is {_shown(value)}, but must be text.")
-    if len(value) > 100 * MAX_PROMPT_CHARS:  # cleaning is linear, but five million characters still take seconds
+    if len(value) > 100 * MAX_PROMPT_CHARS:  # even counting the words of five million characters takes a second
         raise InvalidRequest(f"The prompt has {len(value):,} characters; at most {MAX_PROMPT_CHARS:,} are allowed.")
     text = clean_prompt(value)
     if not text:
@@ -220,6 +234,6 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # an integer with more digits than Python is willing to print
+    except (ValueError, RecursionError):  # more digits than Python is willing to print, or lists nested too deeply
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."

@@ -21,7 +21,10 @@ __all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_ta
 
 
 class StreamDecoder(Protocol):
-    """Decodes one stream of latents. After an error or a cancelled call, `reset` before the next clip."""
+    """Decodes one stream of latents. After an error or a cancelled call, `reset` before the next clip.
+
+    Invalid numbers stay visible: an infinite pixel comes out as NaN.
+    """
 
     def reset(self) -> None:
         """Forget the stream; the next block starts a clip."""
@@ -62,7 +65,7 @@ class WanStreamDecoder:
             first = starts and not parts
             parts.append(self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
         frames = torch.cat(parts, 2).transpose(1, 2)
-        return frames.clamp(-1, 1).add(1).div(2)
+        return _clamped(frames, -1, 1).add(1).div(2)
 
 
 class TaehvStreamDecoder:
@@ -83,7 +86,7 @@ class TaehvStreamDecoder:
         frames = self._taehv.decode_raw(latents, self._memory)
         if starts:  # the first latent stands for one frame; what the layers make before it is warm-up
             frames = frames[:, self._taehv.temporal_scale - 1 :]
-        return frames.clamp(0, 1)
+        return _clamped(frames, 0, 1)
 
 
 @torch.no_grad()
@@ -114,6 +117,11 @@ def encode_taehv(taehv: TAEHV, frames: Tensor) -> Tensor:
     _check_frames(frames, taehv.temporal_scale, taehv.spatial_scale)
     lead = frames[:, :1].expand(-1, taehv.temporal_scale - 1, -1, -1, -1)
     return taehv.encode_raw(torch.cat([lead, frames], 1))
+
+
+def _clamped(frames: Tensor, low: float, high: float) -> Tensor:
+    """`clamp` would make an infinity, a sign of failure, look like plain black or white; so it becomes NaN."""
+    return frames.masked_fill(frames.isinf(), torch.nan).clamp(low, high)
 
 
 def _count_causal(half: nn.Module) -> int:

@@ -74,6 +74,11 @@ class ModelFolder:
     def has(self, name: str) -> bool:
         return name in self._index
 
+    def share_before(self, name: str) -> float:
+        """Share of the folder's bytes that lie in the parts before this one, in the order of `CLASSES`."""
+        sizes = [sum(file.stat().st_size for file in (self._folder / part).glob("*.safetensors")) for part in CLASSES]
+        return sum(sizes[: list(CLASSES).index(name)]) / max(1, sum(sizes))
+
     def load(self, name: str, dtype: torch.dtype) -> Any:
         """One part, on the CPU, ready for inference. Libraries only warn when tensors are missing; here it is an error.
 

@@ -19,6 +19,7 @@ from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.folder import ModelFolder
+from pipeline.loading import report_loading
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
@@ -91,18 +92,16 @@ class SelfForcingPipeline:
         source = ModelFolder(folder)
 
         def load(name: str) -> Any:
+            report_loading(f"Loading the {name.replace('_', ' ')}", source.share_before(name))
             return source.load(name, dtype).to(target)
 
+        # In the order of `CLASSES`, so that what is reported only grows.
+        transformer = TransformerOptions(lambda: load("transformer"))
+        text = TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len)
         vae = load("vae")
         speed_up(vae)
-        return cls(
-            source.spec,
-            TransformerOptions(lambda: load("transformer")),
-            TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len),
-            vae,
-            load("taehv") if source.has("taehv") else None,
-            weights_sha256=source.sha256("transformer"),
-        )
+        taehv = load("taehv") if source.has("taehv") else None
+        return cls(source.spec, transformer, text, vae, taehv, weights_sha256=source.sha256("transformer"))
 
     @property
     def device(self) -> torch.device:
@@ -150,8 +149,9 @@ class SelfForcingPipeline:
         model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
+        for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
+            decoder.reset()
         decoder = self._decoders[request.taehv]
-        decoder.reset()
         rollout = self._roll_out(model, text_kv, run)
         shown = 0
         for index in range(run.num_blocks):
@@ -179,6 +179,12 @@ class SelfForcingPipeline:
             if number != self._stream_number:
                 raise SelfForcingError("Another run was started on this model, which ended this one.")
             shown += len(frames)
+
+    def warm_up(self) -> None:
+        """Make two blocks for nobody: whatever happens once only, happens now and not in front of the first visitor."""
+        seconds = self.spec.frames_in(2) / self.spec.fps
+        for _ in self.stream(GenerationRequest(prompt="a first look around", seed=0, seconds=seconds)):
+            pass
 
     def generate(self, request: GenerationRequest) -> GeneratedVideo:
         """The whole clip at once: the drained stream."""

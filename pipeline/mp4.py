@@ -96,8 +96,7 @@ def read_comment(path: Path) -> str | None:
     """
     with path.open("rb") as file:
         top = whole_file(file)
-        first = next(boxes(file, top.start, top.end), None)
-        if first is None or first.kind != b"ftyp":
+        if top.end < 16 or file.seek(0) or file.read(8)[4:] != b"ftyp":
             raise VideoError("This is not an MP4 file.")
         data = find(file, top, b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data")
         if data is None:

@@ -51,8 +51,9 @@ class TransformerOptions:
             self._transformer = self._load()
             self.fp8 = self.compiled = False
         if fp8 and not self.fp8:
-            self._transformer.enable_layerwise_casting(storage_dtype=FP8_STORAGE, compute_dtype=self.dtype)
-            self.fp8 = True
+            transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
+            transformer.enable_layerwise_casting(storage_dtype=FP8_STORAGE, compute_dtype=self.dtype)
+            self._transformer, self.fp8 = transformer, True
         if compile != self.compiled:
             for block in self._transformer.blocks:
                 if compile:

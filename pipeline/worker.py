@@ -32,6 +32,7 @@ from pipeline.blocks import FrameBlock, StreamingPipeline
 from pipeline.config import GenerationRequest
 from pipeline.control import RunControl
 from pipeline.errors import Cancelled, OutOfMemory, SelfForcingError
+from pipeline.loading import LoadingState, heard_by
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ModelWorker:
         self._pipeline: StreamingPipeline | None = None
         self._load_error: BaseException | None = None
         self._loaded = threading.Event()
+        self._loading = LoadingState()
         self._lock = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._current: _Job | None = None
@@ -71,8 +73,18 @@ class ModelWorker:
         if not self._loaded.wait(timeout):
             raise TimeoutError("The model is still loading.")
         if self._load_error is not None:
-            raise self._load_error
+            raise _again(self._load_error)
         return cast(StreamingPipeline, self._pipeline)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether loading is over, well or badly: `wait_ready` will not wait."""
+        return self._loaded.is_set()
+
+    @property
+    def loading(self) -> LoadingState:
+        """What loading reported last."""
+        return self._loading
 
     @property
     def busy(self) -> bool:
@@ -139,8 +151,10 @@ class ModelWorker:
     def _load(self) -> None:
         try:
             source = self._source
-            self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
+            with heard_by(lambda state: setattr(self, "_loading", state)):
+                self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
+            _clear_traces(error)
             self._load_error = error
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
             logger.exception("The model could not be loaded")
@@ -161,7 +175,7 @@ class ModelWorker:
         error: BaseException | None = None
         try:
             if self._load_error is not None:
-                raise self._load_error
+                raise _again(self._load_error)
             with job.started() as control:
                 stream = cast(StreamingPipeline, self._pipeline).stream(job.request)
                 try:
@@ -204,8 +218,8 @@ class ModelWorker:
 class Run:
     """One request on its way through the model: an iterator of `FrameBlock`.
 
-    Iterating raises the run's error, after the blocks made before it. A stopped run ends without an error. Dropping the
-    last reference to a run closes it.
+    Iterating raises the run's error, once, after the blocks made before it. A stopped run ends without an error.
+    Dropping the last reference to a run closes it.
     """
 
     def __init__(self, worker: ModelWorker, job: _Job) -> None:
@@ -331,8 +345,9 @@ class _Job:
                 block = self._blocks.popleft()
                 self._changed.notify_all()
                 return block
-            if self._error is not None and not self._closed:
-                raise self._error
+            error, self._error = self._error, None  # whoever catches it may hold this run: it must not hold them
+            if error is not None and not self._closed:
+                raise error
             return None
 
     def end(self, error: BaseException | None = None) -> None:
@@ -349,8 +364,7 @@ def _is_last(block: FrameBlock) -> bool:
 
 def _load_failure(error: BaseException) -> SelfForcingError:
     """What is said of an unexpected error while loading."""
-    # The trace keeps alive what was loaded so far.
-    traceback.clear_frames(error.__traceback__)
+    _clear_traces(error)
     failure: SelfForcingError
     if _is_out_of_memory(error):
         free_memory()
@@ -361,13 +375,19 @@ def _load_failure(error: BaseException) -> SelfForcingError:
     return failure
 
 
+def _again(error: BaseException) -> BaseException:
+    """The same error to raise once more: one object would hold the frames of all who ever met it."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     """What the visitor is told of an error in the model. The log gets all of it; memory gets back what it held."""
     expected = isinstance(error, SelfForcingError)
     if not expected or isinstance(error, OutOfMemory):
         logger.error("%s failed", job.id, exc_info=error)
-    # The trace keeps every local variable of the failed step alive, and with them the very tensors that did not fit.
-    traceback.clear_frames(error.__traceback__)
+    _clear_traces(error)
     if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
         free_memory()
         if isinstance(error, OutOfMemory):
@@ -382,12 +402,23 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     return failure
 
 
+def _clear_traces(error: BaseException) -> None:
+    """Empty the frames of an error and of those behind it: their local variables are what was loaded or did not fit."""
+    link: BaseException | None = error
+    cleared: list[BaseException] = []
+    while link is not None and link not in cleared:
+        traceback.clear_frames(link.__traceback__)
+        cleared.append(link)
+        link = link.__cause__ or link.__context__
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # On a CPU torch has no class of its own for it.
-    return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+    # CPUs, Apple GPUs and some libraries have no class of their own for it.
+    signs = ("t allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def free_memory() -> None:

@@ -10,6 +10,7 @@ import argparse
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 
 import app  # noqa: E402
 from pipeline.cli import EMBEDDED_MODEL, load_pipeline  # noqa: E402
+from pipeline.config import GenerationRequest  # noqa: E402
+from pipeline.loading import report_loading  # noqa: E402
+from pipeline.worker import ModelWorker  # noqa: E402
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 PROMPT = "a red balloon rises over the mountains at sunset"
@@ -31,24 +35,81 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
     parser.add_argument("--scripted", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--only", default="", help="part of a picture's name, e.g. desktop-light or streaming")
+    parser.add_argument("--only", default="", help="part of a visit's name, e.g. desktop, phone-dark")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    demo = app.build_app(make_pipeline(options))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_port=port)
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for size in SIZES:
             for theme in ("light", "dark"):
-                if options.only in f"{size}-{theme}-idle-streaming-finished-error":
-                    take_pictures(browser, url, size, theme, options.out)
+                if options.only in f"{size}-{theme}":
+                    visit(browser, options, size, theme)
         browser.close()
-    demo.close(verbose=False)
+
+
+def visit(browser: Browser, options: argparse.Namespace, size: str, theme: str) -> None:
+    """Loading, idle, error, waiting, streaming, finished and settings: one visit of a page that has just started."""
+    may_load = threading.Event()
+
+    def load() -> Any:
+        report_loading("Loading the transformer", 0.4)
+        may_load.wait()
+        return make_pipeline(options)
+
+    with ModelWorker(load) as worker:
+        demo = app.build_app(worker)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_port=port)
+        width, height = SIZES[size]
+        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
+        try:
+            page.goto(f"{url}?__theme={theme}")
+            take_pictures(page, options.out / f"{size}-{theme}", may_load, worker)
+        finally:
+            may_load.set()
+            page.close()
+            demo.close(verbose=False)
+
+
+def take_pictures(page: Page, start: Path, may_load: threading.Event, worker: ModelWorker) -> None:
+    def picture(name: str, wait: int = 600) -> None:
+        page.wait_for_timeout(wait)
+        shoot(page, start.with_name(f"{start.name}-{name}.png"))
+
+    page.wait_for_selector("#generate:visible")
+    picture("loading")
+    may_load.set()
+    page.wait_for_selector("#generate:enabled", timeout=120_000)
+    picture("idle")
+
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("The prompt is empty.").wait_for()
+    picture("error")
+    page.locator(".toast-close").click()
+
+    page.get_by_label("Prompt").fill("a red volcano rises over the mountains at sunset")
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Seed", exact=True).fill("7.5")
+    page.get_by_text("Not known to this model").wait_for()
+    picture("settings")
+
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_label("Seed", exact=True).fill(SEED)
+    page.get_by_role("button", name="Advanced").click()
+    somebody = worker.submit(GenerationRequest(prompt="a blue ball", seconds=1))
+    page.get_by_role("button", name="Generate").click()
+    list(somebody)
+    page.wait_for_function("document.querySelector('video')?.currentTime > 1.2", timeout=120_000)
+    picture("streaming", 0)
+    page.wait_for_selector(".sf-done", timeout=120_000)
+    page.wait_for_function("document.querySelector('video').ended", timeout=120_000)
+    page.evaluate("document.querySelector('video').currentTime = 3")
+    page.locator(".sf-recipe summary").click()
+    picture("finished", 800)
 
 
 def make_pipeline(options: argparse.Namespace) -> Any:
@@ -57,36 +118,6 @@ def make_pipeline(options: argparse.Namespace) -> Any:
 
         return ScriptedPipeline(step_seconds=0.08)
     return load_pipeline(options.model, None)
-
-
-def take_pictures(browser: Browser, url: str, size: str, theme: str, folder: Path) -> None:
-    """Idle, error, streaming and finished, in one visit."""
-    width, height = SIZES[size]
-    page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
-    page.goto(f"{url}?__theme={theme}")
-    page.wait_for_selector("#generate")
-    page.wait_for_timeout(800)
-    shoot(page, folder / f"{size}-{theme}-idle.png")
-
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_text("The prompt is empty.").wait_for()
-    page.wait_for_timeout(400)
-    shoot(page, folder / f"{size}-{theme}-error.png")
-    page.locator(".toast-close").click()
-
-    page.get_by_label("Prompt").fill(PROMPT)
-    page.get_by_role("button", name="Advanced").click()
-    page.get_by_label("Seed").fill(SEED)
-    page.get_by_role("button", name="Advanced").click()
-    page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("document.querySelector('video')?.currentTime > 1.2", timeout=120_000)
-    shoot(page, folder / f"{size}-{theme}-streaming.png")
-    page.wait_for_selector(".sf-done", timeout=120_000)
-    page.wait_for_function("document.querySelector('video').ended", timeout=120_000)
-    page.evaluate("document.querySelector('video').currentTime = 3")
-    page.wait_for_timeout(800)
-    shoot(page, folder / f"{size}-{theme}-finished.png")
-    page.close()
 
 
 def shoot(page: Page, path: Path) -> None:

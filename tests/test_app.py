@@ -6,11 +6,9 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,87 +28,15 @@ from pipeline.recipe import read_recipe
 from pipeline.worker import ModelWorker
 from tests.media import read_media
 from tests.scripted import SPEC, ScriptedPipeline, paint, read_code
+from tests.server import Refused, Server, free_port, wait_until
 from web import status
-from web.adapter import AdaptedPipeline
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.generation import Generator
-from web.page import EXAMPLES_FILE
+from web.layout import EXAMPLES_FILE
 from web.sessions import Sessions
+from web.storage import VideoStore
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Server:
-    """A running page, and a visitor of it who speaks HTTP."""
-
-    def __init__(self, pipeline, **settings) -> None:
-        self.pipeline = pipeline
-        self.demo = app.build_app(pipeline, **settings)
-        _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
-        self.http = httpx.Client(base_url=self.url.rstrip("/") + "/gradio_api", timeout=30)
-
-    def fn_index(self, name: str) -> int:
-        return next(index for index, fn in self.demo.fns.items() if fn.api_name == name)
-
-    def join(self, *data, session: str, name: str = "generate") -> httpx.Response:
-        data = [*data, None]  # no ticket: nothing was announced
-        body = json.dumps({"data": data, "fn_index": self.fn_index(name), "session_hash": session})
-        return self.http.post("/queue/join", content=body, headers={"content-type": "application/json"})
-
-    def events(self, session: str) -> Iterator[dict]:
-        with self.http.stream("GET", f"/queue/data?session_hash={session}") as stream:
-            for line in stream.iter_lines():
-                if line.startswith("data:"):
-                    event = json.loads(line[5:])
-                    if event["msg"] == "close_stream":
-                        return
-                    yield event
-
-    def generate(self, prompt="a red ball", seed=7, fps=16, seconds=2, *options, session: str | None = None) -> list:
-        """All values that a run gives to (video, status, file); raises what the visitor is told if it fails."""
-        session = session or uuid.uuid4().hex
-        answer = self.join(prompt, seed, fps, seconds, *(options or (False, False, False)), session=session)
-        assert answer.status_code == 200, answer.text
-        values, last = [], [None, None, None]
-        for event in self.events(session):
-            if event["msg"] == "process_generating":
-                last = merged(last, event["output"]["data"]) if values else event["output"]["data"]
-                values.append(list(last))
-            elif event["msg"] == "process_completed":
-                if not event["success"]:
-                    raise Refused(event["output"]["error"], values)
-                return values
-        raise AssertionError("the stream of events ended before the run")
-
-    def close(self) -> None:
-        self.http.close()
-        self.demo.close(verbose=False)
-
-
-class Refused(Exception):
-    def __init__(self, message: str | None, values: list) -> None:
-        super().__init__(message)
-        self.values = values
-
-
-def merged(old: list, changes: list) -> list:
-    """Gradio sends only what changed, each output as a list of edits."""
-    from gradio_client.utils import apply_diff
-
-    return [apply_diff(value, change) for value, change in zip(old, changes, strict=True)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +48,7 @@ def shared_server():
 
 @pytest.fixture
 def server(shared_server: Server) -> Server:
-    pipeline = shared_server.pipeline
-    pipeline.step_seconds, pipeline.on_step = 0.0, None
-    for record in (pipeline.faults, pipeline.requests, pipeline.made, pipeline.intervals, pipeline.stamps):
-        record.clear()
+    shared_server.reset()
     return shared_server
 
 
@@ -242,8 +165,7 @@ def test_stop_ends_the_run_and_gives_the_file(server: Server) -> None:
 
     def stop() -> None:
         wait_until(lambda: len(server.pipeline.made) >= 2)
-        body = {"data": [], "session_hash": session, "fn_index": server.fn_index("stop")}
-        assert httpx.post(f"{server.http.base_url}run/stop", json=body).status_code == 200
+        server.call("_stop", session=session)
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -261,7 +183,7 @@ def test_one_visitor_cannot_stop_another(server: Server) -> None:
     stopper = threading.Thread(
         target=lambda: (
             wait_until(lambda: len(server.pipeline.made) >= 1),
-            httpx.post(f"{server.http.base_url}run/stop", json={"data": [], "session_hash": "somebody"}),
+            server.call("_stop", session="somebody"),
         )
     )
     stopper.start()
@@ -337,9 +259,7 @@ def test_the_page_brings_everything_itself(server: Server) -> None:
 
 def test_unknown_words_are_named(server: Server) -> None:
     def noticed(prompt: str) -> str:
-        index = next(i for i, fn in server.demo.fns.items() if fn.name == "_notice")
-        body = {"data": [prompt], "fn_index": index, "session_hash": "s"}
-        return server.http.post("/run/predict", json=body).json()["data"][0]
+        return server.call("_notice", prompt)[0]
 
     assert noticed("a red ball") == ""
     assert "<b>&lt;b&gt;volcano</b>" in noticed("a red <b>volcano over the city")
@@ -452,8 +372,8 @@ def test_status_escapes_everything() -> None:
 
 def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:
     sessions = Sessions()
-    (first, none_ahead), (second, one_ahead) = sessions.expect("a"), sessions.expect("b")
-    assert (none_ahead, one_ahead) == (0, 1)
+    (first, at_once), (second, later) = sessions.expect("a"), sessions.expect("b")
+    assert (at_once.ahead, later.ahead) == (0, 1)
     ticket = sessions.begin("b", second)
     assert sessions.stop("a") == "waiting" and not ticket.stopped
     assert sessions.begin("a", first).stopped, "the run that waited"
@@ -467,8 +387,8 @@ def test_a_click_whose_run_never_comes_spoils_no_later_one() -> None:
     sessions = Sessions()
     lost, _ = sessions.expect("a")  # the queue was full, or the connection gone
     assert sessions.stop("a") == "waiting"
-    following, ahead = sessions.expect("a")
-    assert ahead == 0, "a stopped run is in nobody's way"
+    following, place = sessions.expect("a")
+    assert place.ahead == 0, "a stopped run is in nobody's way"
     ticket = sessions.begin("a", following)
     assert not ticket.stopped
     assert sessions.begin("a", lost).stopped, "it came after all"
@@ -479,7 +399,7 @@ def test_a_click_that_comes_to_nothing_is_dropped_and_a_later_one_is_not() -> No
     sessions = Sessions()
     lost, _ = sessions.expect("a")
     sessions.settle("a", lost)
-    assert not sessions.busy("a") and sessions.expect("b")[1] == 0
+    assert not sessions.busy("a") and sessions.expect("b")[1].ahead == 0
     first, _ = sessions.expect("a")
     ticket = sessions.begin("a", first)
     sessions.stop("a")
@@ -552,9 +472,8 @@ def test_exposure_that_was_meant_is_allowed(arguments: list[str], auth) -> None:
 
 def test_the_longest_video_is_a_minute_unless_told_otherwise(tmp_path: Path) -> None:
     assert app.parse([]).max_seconds == 60
-    pipeline = AdaptedPipeline(ScriptedPipeline())
     with ModelWorker(ScriptedPipeline()) as worker:
-        assert Generator(worker, pipeline, tmp_path).deadline == 180, "slower than playback is no reason to end"
+        assert Generator(worker, VideoStore(tmp_path)).deadline == 180, "slower than playback is no reason to end"
 
 
 def test_on_a_space_the_platform_decides(monkeypatch) -> None:

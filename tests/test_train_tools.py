@@ -59,7 +59,8 @@ def test_comparison_trains_judges_and_writes_the_table(tmp_path: Path) -> None:
     (configs / "embedded_sid.toml").write_text("\n".join(toml_lines(plain)))
     document = tmp_path / "training.md"
     document.write_text(f"{compare.BEGIN}\n{compare.END}\n")
-    arguments = ["--start", str(start), "--teacher", str(world), "--data", str(world), "--out", str(tmp_path / "out"), "--configs", str(configs)]
+    arguments = ["--start", str(start), "--teacher", str(world), "--data", str(world)]
+    arguments += ["--out", str(tmp_path / "out"), "--configs", str(configs)]
     arguments += ["--document", str(document), "--methods", "sid", "--seeds", "3", "--processes", "1"]
     assert compare.main([*arguments, "--prompts", "2", "--minutes", "1"]) == 0
     assert "| SID, seed 0 |" in document.read_text() and "| ODE start |" in document.read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import signal
@@ -84,17 +83,18 @@ def test_colours_survive(tmp_path: Path) -> None:
     encoder.encode(pure)
     encoder.write_mp4(tmp_path / "out.mp4")
     picture = read_media(tmp_path / "out.mp4").frames[4].astype(int)
-    for x, colour in ((74, (255, 0, 0)), (222, (0, 255, 0)), (370, (0, 0, 255))):
-        assert np.abs(picture[128, x] - colour).max() <= 6
+    height, width = picture.shape[:2]
+    for part, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        assert np.abs(picture[height // 2, (2 * part + 1) * width // 6] - colour).max() <= 6
 
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
     [
-        (64, 112, (256, 448)),
+        (64, 112, (384, 672)),
         (480, 832, (480, 832)),
-        (256, 256, (256, 256)),
-        (128, 64, (512, 256)),
+        (384, 384, (384, 384)),
+        (128, 64, (768, 384)),
         (255, 400, (510, 800)),
     ],
 )
@@ -242,34 +242,6 @@ def test_a_write_that_is_cut_short_leaves_nothing(old_file: Path, monkeypatch, l
 
     monkeypatch.setattr(video.subprocess, "run", limited)
     with pytest.raises(VideoError):
-        encoder.write_mp4(old_file)
-
-
-@pytest.mark.parametrize("kilobytes", [4, 8, 16])
-def test_a_full_disk_is_named(kilobytes: int, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(disk)]
-    try:
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("mounting a small disk needs more rights than this test has")
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    try:
-        with pytest.raises(VideoError, match="disk is full"):
-            encoded().write_mp4(disk / "out.mp4")
-        assert os.listdir(disk) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_fills_up_at_the_last_moment(old_file: Path, monkeypatch) -> None:
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    encoder = encoded()
-    monkeypatch.setattr(video.os, "replace", full)
-    with pytest.raises(VideoError, match="disk is full"):
         encoder.write_mp4(old_file)
 
 

@@ -1,15 +1,13 @@
-"""The model thread: order, stopping at every place, errors of every kind, consumers that misbehave."""
+"""The model thread: order, stopping, errors of every kind, consumers that misbehave. More of it: `test_faults.py`."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from pipeline.errors import (
 )
 from pipeline.worker import QUEUE_BLOCKS, ModelWorker
 from tests.scripted import SPEC, ScriptedPipeline, read_code
+from tests.waiting import wait_until
 
 TINY = replace(SPEC, height=24, width=64)  # painting is what takes the time here
 REQUEST = GenerationRequest(prompt="a red ball", seed=7, seconds=4)
@@ -45,13 +44,6 @@ def worker(pipeline: ScriptedPipeline):
 
 def codes(blocks) -> list[int]:
     return [read_code(picture) for block in blocks for picture in block.frames]
-
-
-def wait_until(condition, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def test_blocks_arrive_in_order_and_whole(worker: ModelWorker) -> None:
@@ -84,27 +76,6 @@ def test_runs_are_served_in_turn(worker: ModelWorker, pipeline: ScriptedPipeline
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(pipeline.intervals))
 
 
-@pytest.mark.parametrize("at", [(block, step) for block in range(3) for step in range(4)])
-def test_stop_takes_effect_at_the_next_step(worker: ModelWorker, pipeline: ScriptedPipeline, at) -> None:
-    steps = []
-
-    def on_step(block: int, step: int) -> None:
-        steps.append((block, step))
-        if (block, step) == at:
-            run.stop()
-
-    ready = threading.Event()
-    pipeline.on_step = lambda *where: (ready.wait(5), on_step(*where))
-    run = worker.submit(REQUEST)
-    ready.set()
-    blocks = list(run)
-    assert steps[-1] == at
-    assert [block.index for block in blocks] == list(range(at[0])), "finished blocks still arrive"
-    assert run.stopped
-    pipeline.on_step = None
-    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
-
-
 def test_a_run_stopped_before_its_turn_never_begins(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
     pipeline.step_seconds = 0.02
     first, second = worker.submit(REQUEST), worker.submit(REQUEST)
@@ -113,26 +84,6 @@ def test_a_run_stopped_before_its_turn_never_begins(worker: ModelWorker, pipelin
     assert codes(first) == list(range(NUM_FRAMES))
     assert list(second) == []
     assert len(pipeline.requests) == 1
-
-
-def test_stop_after_the_end_changes_nothing(worker: ModelWorker) -> None:
-    run = worker.submit(REQUEST)
-    blocks = list(run)
-    run.stop()
-    run.close()
-    assert len(blocks) == NUM_BLOCKS
-
-
-def test_close_is_instant_even_in_the_middle_of_a_step(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
-    pipeline.step_seconds = 0.3
-    run = worker.submit(REQUEST)
-    wait_until(lambda: run.begun)
-    begun = time.perf_counter()
-    run.close()
-    assert time.perf_counter() - begun < 0.05
-    assert list(run) == []
-    wait_until(lambda: not worker.busy)
-    assert len(pipeline.made) == 0
 
 
 def test_leaving_the_with_block_stops_the_run(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
@@ -151,17 +102,6 @@ def test_a_dropped_run_stops(worker: ModelWorker, pipeline: ScriptedPipeline) ->
     gc.collect()
     wait_until(lambda: not worker.busy)
     assert len(pipeline.made) < 10
-
-
-def test_a_stalled_consumer_lets_the_model_run_only_so_far(worker: ModelWorker, pipeline: ScriptedPipeline) -> None:
-    run = worker.submit(replace(REQUEST, seconds=60))
-    wait_until(lambda: len(pipeline.made) == QUEUE_BLOCKS + 1)
-    time.sleep(0.2)
-    assert len(pipeline.made) == QUEUE_BLOCKS + 1
-    next(run)
-    wait_until(lambda: len(pipeline.made) == QUEUE_BLOCKS + 2)
-    run.stop()
-    assert [block.index for block in run] == [1, 2, 3]
 
 
 def test_a_consumer_that_never_reads_loses_the_model_at_the_deadline(worker: ModelWorker) -> None:
@@ -207,54 +147,6 @@ def test_an_error_reaches_its_run_and_no_other(worker, pipeline, fault, expected
     assert "/srv" not in str(caught.value)
     assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
     assert len(pipeline.threads) == 1
-
-
-def test_torch_out_of_memory_is_recognised_and_memory_freed(worker, pipeline, monkeypatch) -> None:
-    torch = pytest.importorskip("torch")
-    held = []
-
-    class Big:
-        """Stands for the tensors of the failed step."""
-
-    def allocate(block: int, step: int) -> None:
-        big = Big()
-        held.append(weakref.ref(big))
-        if (block, step) == (1, 1):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    pipeline.on_step = allocate
-    with pytest.raises(OutOfMemory, match="FP8 or TAEHV"):
-        list(worker.submit(REQUEST))
-    gc.collect()
-    assert all(ref() is None for ref in held)
-
-
-def test_errors_in_a_row_leave_no_thread_behind(worker, pipeline) -> None:
-    threads = threading.active_count()
-    for _ in range(8):
-        pipeline.faults[0, 1] = MemoryError()
-        with pytest.raises(OutOfMemory):
-            list(worker.submit(REQUEST))
-    assert threading.active_count() == threads
-    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_thread_is_noticed_and_replaced(worker, pipeline, monkeypatch) -> None:
-    pipeline.step_seconds = 0.05
-    run, waiting = worker.submit(REQUEST), worker.submit(REQUEST)
-    next(run)
-    # The first exception comes from outside and ends the run; the second hits the thread's own code and kills it.
-    monkeypatch.setattr(worker, "_run", lambda job: sys.exit(1))
-    (ident,) = pipeline.threads
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
-    with pytest.raises(SelfForcingError, match="failed unexpectedly"):
-        list(run)
-    monkeypatch.undo()
-    with pytest.raises(SelfForcingError, match="restarted"):
-        list(waiting)
-    pipeline.step_seconds = 0
-    assert codes(worker.submit(REQUEST)) == list(range(NUM_FRAMES))
 
 
 def test_the_model_is_loaded_on_its_own_thread() -> None:

@@ -10,11 +10,15 @@ import argparse
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from pipeline.errors import SelfForcingError, TrainingError
 from training.settings_file import load_settings
 from training.stages import STAGES, run_stage
+
+LEADERS_WORD = 5.0
+"""Seconds."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_stage(options.stage, load_settings(STAGES[options.stage].settings_kind, options.settings, options.override))
     except SelfForcingError as error:
-        # What is wrong with settings or files, every process finds; what happens to one of them, only that one knows.
-        if leads or isinstance(error, TrainingError):
-            sys.stderr.write(f"\n{error}\n")
+        if not leads and not isinstance(error, TrainingError):
+            # Most likely the first process says the same. It must get the time to: torchrun ends them all with one.
+            time.sleep(LEADERS_WORD)
+        sys.stderr.write(f"\n{error}\n")
         return 1 if isinstance(error, TrainingError) else 2
     return 0
 

@@ -17,6 +17,11 @@ from pipeline.config import GenerationRequest, ModelSpec
 DEFAULT_FPS = 16.0
 
 
+def adapted(pipeline: Any) -> AdaptedPipeline:
+    """`pipeline` with everything the page asks of one."""
+    return pipeline if isinstance(pipeline, AdaptedPipeline) else AdaptedPipeline(pipeline)
+
+
 class AdaptedPipeline:
     """A complete `StreamingPipeline` around whatever `pipeline` is."""
 
@@ -27,6 +32,7 @@ class AdaptedPipeline:
         self.name = str(getattr(spec, "name", "model"))
         self.fps = float(getattr(spec, "fps", DEFAULT_FPS))
         """Playback rate that a request gets if it names none."""
+        self.native_fps = float(getattr(spec, "native_fps", self.fps))
 
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         if request.fps is None:

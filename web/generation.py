@@ -1,4 +1,4 @@
-"""From a click on Generate to the last update of the page."""
+"""From a request to a finished file, told step by step: what page and API both show, each in its own way."""
 
 from __future__ import annotations
 
@@ -6,61 +6,92 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
+from typing import Any, Literal
 
 from pipeline.config import SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
 from pipeline.recipe import build_recipe
 from pipeline.video import Segment, SegmentEncoder
 from pipeline.worker import ModelWorker, Run
-from web import status
-from web.adapter import AdaptedPipeline
-from web.buffering import PlaybackBuffer
+from web.adapter import AdaptedPipeline, adapted
+from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.sessions import Sessions, Ticket
+from web.status import RunMeter
+from web.storage import VideoStore
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SECONDS = 60.0
 """Longest video that a visitor may ask for, if whoever starts the page says nothing else."""
 
+DEFAULT_SECONDS = 5.0
+"""Length of a video unless its visitor says otherwise."""
+
 TAIL_SECONDS = 0.5
 """Between the last segment and the end of the stream: a player that learns of both at once may never report the end."""
 
-Update = tuple[Any, str, Any]
-"""New values of video, status and download."""
+Options = tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Something new about a run."""
+
+    state: Literal["starting", "buffering", "generating", "finished", "stopped", "failed"]
+    meter: RunMeter
+    """What has been made so far. The same object in all updates of a run."""
+    segment: Segment | None = None
+    """Video to be played after what was played before."""
+    file: str | None = None
+    """Path of the finished MP4."""
+    recipe: dict[str, Any] | None = None
+    message: str = ""
+    """Of a failure."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.state in ("finished", "stopped", "failed")
 
 
 class Generator:
-    """Runs the requests of all visitors on one model, and tells each visitor's page how it goes.
+    """Runs the requests of all visitors on one model, and tells each how it goes.
 
     Args:
         worker: Owns the model.
-        pipeline: The same model, for questions that need no computing.
-        folder: Where finished videos are put: a folder that the web server hands files out of.
+        store: Where finished videos are put.
         max_seconds: Longest video. A run may take twice as long and a minute more.
     """
 
-    def __init__(
-        self, worker: ModelWorker, pipeline: AdaptedPipeline, folder: Path, max_seconds: float = DEFAULT_MAX_SECONDS
-    ) -> None:
+    def __init__(self, worker: ModelWorker, store: VideoStore, max_seconds: float = DEFAULT_MAX_SECONDS) -> None:
         self.worker = worker
-        self.pipeline = pipeline
-        self.folder = folder
+        self.store = store
         self.max_seconds = max_seconds
         # Well beyond playback speed, so that a slow machine gets its videos done; what nobody reads any more ends, too.
         self.deadline = 2 * max_seconds + 60
         self.sessions = Sessions()
-        self._paces: dict[tuple[bool, bool, bool], float] = {}
+        self._paces: dict[Options, float] = {}
+
+    @property
+    def pipeline(self) -> AdaptedPipeline:
+        """The model, for questions that need no computing.
+
+        Raises:
+            SelfForcingError: it is still loading, or could not be loaded.
+        """
+        try:
+            return adapted(self.worker.wait_ready(timeout=0))
+        except TimeoutError as error:
+            stage = self.worker.loading.stage
+            raise SelfForcingError(f"The model is not ready yet ({stage.lower()}). Try again in a moment.") from error
 
     def checked_request(self, **fields: Any) -> GenerationRequest:
         """The one place where what a visitor sent becomes a request.
 
         Raises:
             InvalidRequest, OptionUnavailable: with a sentence for the visitor.
+            SelfForcingError: there is no model to ask yet.
         """
         request = GenerationRequest(**fields)
         if request.seconds > self.max_seconds:
@@ -71,29 +102,42 @@ class Generator:
         check_available(request, self.pipeline.unavailable_options())
         return request
 
-    def run(self, request: GenerationRequest, session: str, ticket_id: str | None = None) -> Iterator[Update]:
-        """Make one video, yielding what changes on the page. `ticket_id` is that of `Sessions.expect`, if it was asked.
+    def expected_seconds(self, request: GenerationRequest) -> float | None:
+        """How long the model will take, judging by earlier runs with the same options; None if there were none."""
+        pace = self._paces.get(_options(request))
+        return None if pace is None else pace * self.pipeline.plan(request).num_frames
 
-        A run that fails half-way still yields the file of what was made, then raises.
+    def run(
+        self, request: GenerationRequest, session: str, ticket_id: str | None = None, *, streamed: bool = True
+    ) -> Iterator[Update]:
+        """Make one video, telling what is new. The last update holds the file.
+
+        Args:
+            request: What to make.
+            session: Whose run it is.
+            ticket_id: That of `Sessions.expect`, if it was asked.
+            streamed: Whether somebody plays the segments. Otherwise there are none, and no time is left to a player.
+
+        Raises:
+            SelfForcingError: after the last update, which holds what was made until then.
         """
-        ticket = self.sessions.begin(session, ticket_id)
+        ticket = self.sessions.begin(session, ticket_id, lambda: self.expected_seconds(request))
+        meter = RunMeter(self.pipeline.plan(request))
         try:
             if ticket.stopped:  # while it stood in the queue
-                yield gr.skip(), gr.skip(), gr.skip()
+                yield Update(state="stopped", meter=meter)
                 return
-            yield gr.skip(), status.waiting(0), None
+            yield Update(state="starting", meter=meter)
             run = self.worker.submit(request, self.deadline)
             # Leaving this block, for whatever reason and on whatever thread, takes no time and frees the model.
             with run:
                 ticket.attach(run)
-                yield from self._show(run, ticket)
+                yield from self._show(run, ticket, session, meter, streamed)
         finally:
             self.sessions.end(session, ticket, announced=bool(ticket_id))
 
-    def _show(self, run: Run, ticket: Ticket) -> Iterator[Update]:
-        request = run.request
-        options = (request.taehv, request.fp8, request.compile)
-        meter = status.RunMeter(self.pipeline.plan(request))
+    def _show(self, run: Run, ticket: Ticket, session: str, meter: RunMeter, streamed: bool) -> Iterator[Update]:
+        options = _options(run.request)
         buffer = PlaybackBuffer(self._paces.get(options))
         encoder: SegmentEncoder | None = None
         held: list[Segment] = []
@@ -106,63 +150,71 @@ class Generator:
                 meter.count(block)
                 playing = buffer.may_play(block, meter.frames)
                 meter.notes = _pace_notes(buffer, meter)
-                if playing:
+                if meter.blocks > 1 and (pace := buffer.seconds_per_frame):
+                    self._paces[options] = pace
+                    ticket.will_take(pace * max(0, meter.run.num_frames - meter.frames))
+                if not streamed:
+                    held.clear()
+                if playing or not streamed:
                     last_segment = time.monotonic()
-                    yield _joined(held), status.generating(meter), gr.skip()
+                    yield Update(state="generating", meter=meter, segment=_joined(held))
                     held.clear()
                 else:
-                    yield gr.skip(), status.generating(meter, buffering=True), gr.skip()
+                    yield Update(state="buffering", meter=meter)
         except SelfForcingError as error:
             failure = error
             run.close()
         if ticket.abandoned:
             return
-        if buffer.seconds_per_frame and meter.blocks > 1:
-            self._paces[options] = buffer.seconds_per_frame
         if held:  # it ended before playback began
             last_segment = time.monotonic()
-            yield _joined(held), status.generating(meter), gr.skip()
-        file = None
+            yield Update(state="generating", meter=meter, segment=_joined(held))
+        file = recipe = None
         if encoder is not None and encoder.num_frames:
+            recipe = build_recipe(meter.run, encoder.num_frames)
             try:
-                file = self._write(encoder, meter)
+                file = self._write(encoder, meter, recipe, session)
             except VideoError as error:
                 failure = failure or error
-        # None adds nothing to the stream, but names it once more. So Gradio names it again at the very end, and the
-        # player asks at once for the playlist that says so; otherwise it would ask 5 s after the last segment.
-        video = None if encoder is not None and encoder.num_frames else gr.skip()
         if failure is not None:
-            yield video, status.failed(str(failure), meter), file
-        elif encoder is None:
-            yield video, status.stopped_early(), file
+            yield Update(state="failed", meter=meter, file=file, recipe=recipe, message=str(failure))
         else:
-            yield video, status.finished(meter, stopped=run.stopped), file
-        time.sleep(max(0.0, last_segment + TAIL_SECONDS - time.monotonic()))
+            state: Literal["stopped", "finished"] = "stopped" if run.stopped or encoder is None else "finished"
+            yield Update(state=state, meter=meter, file=file, recipe=recipe)
+        if streamed:
+            time.sleep(max(0.0, last_segment + TAIL_SECONDS - time.monotonic()))
         if failure is not None:
-            raise gr.Error(str(failure), print_exception=False)
+            try:
+                raise failure
+            finally:
+                failure = None  # or the error and this frame, with all its segments, would keep each other alive
 
-    def _write(self, encoder: SegmentEncoder, meter: status.RunMeter) -> str:
+    def _write(self, encoder: SegmentEncoder, meter: RunMeter, recipe: dict[str, Any], session: str) -> str:
         # The name is the program's own, never the visitor's words; the folder cannot be guessed.
-        name = secrets.token_hex(4)
         seed = f"seed{meter.run.seed}-" if meter.run.seed >= 0 else ""
-        folder = self.folder / secrets.token_hex(16)
+        name = f"self-forcing-{seed}{secrets.token_hex(4)}.mp4"
+        folder: Path | None = None
         try:
-            folder.mkdir(parents=True)
-            path = folder / f"self-forcing-{seed}{name}.mp4"
-            encoder.write_mp4(path, build_recipe(meter.run, encoder.num_frames))
-        except OSError as error:
+            folder = self.store.new_folder(session)
+            encoder.write_mp4(folder / name, recipe)
+        except (OSError, VideoError) as error:
+            if folder is not None:
+                self.store.discard(session, folder)
+            if isinstance(error, VideoError):
+                raise
             raise VideoError(f"The video could not be written ({error.strerror}).") from error
-        except VideoError:
-            with suppress(OSError):
-                folder.rmdir()
-            raise
-        return str(path)
+        return str(folder / name)
 
 
-def _joined(segments: list[Segment]) -> Segment:
+def _options(request: GenerationRequest) -> Options:
+    """What the pace depends on."""
+    return request.taehv, request.fp8, request.compile
+
+
+def _joined(segments: list[Segment]) -> Segment | None:
     """Several segments as one: they play the same, and the player hears of them once."""
-    if len(segments) == 1:
-        return segments[0]
+    if len(segments) <= 1:
+        return segments[0] if segments else None
     return Segment(
         b"".join(segment.data for segment in segments),
         sum(segment.duration for segment in segments),
@@ -170,12 +222,12 @@ def _joined(segments: list[Segment]) -> Segment:
     )
 
 
-def _pace_notes(buffer: PlaybackBuffer, meter: status.RunMeter) -> list[str]:
+def _pace_notes(buffer: PlaybackBuffer, meter: RunMeter) -> list[str]:
     # Before the second block the pace is a guess: not worth a remark yet.
     if meter.blocks < 2 or not buffer.slower_than_playback or meter.frames == meter.run.num_frames:
         return []
-    note = (
-        f"The model makes {meter.generation_fps:.1f} frames a second here, fewer than the {meter.run.fps:g} that are "
-        "played, so playback pauses now and then. The finished video will play smoothly."
-    )
-    return [note]
+    made, played = f"{meter.generation_fps:.1f}", f"{meter.run.fps:g}"
+    pace = f"The model makes {made} frames a second here, fewer than the {played} that are played"
+    if not buffer.playing:
+        return [f"{pace}, so up to {MAX_BUFFER_SECONDS:g} s of video are collected before playback begins."]
+    return [f"{pace}, so playback pauses now and then. The finished video will play smoothly."]

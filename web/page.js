@@ -1,15 +1,160 @@
 () => {
-  // Ctrl+Enter (or Cmd+Enter) generates, Escape stops: each presses its button if that can be pressed now.
+  const byId = (id) => document.getElementById(id);
+  const video = () => byId("finished-video") ?? document.querySelector("#video video");
+  const running = () => byId("stop") !== null && byId("stop").offsetParent !== null;
+
+  const tell = (sentence) => {
+    const notice = byId("page-notice");
+    if (notice === null) return;
+    notice.textContent = sentence;
+    notice.hidden = false;
+  };
+
+  // ---- keyboard: Ctrl+Enter (or Cmd+Enter) generates, Escape stops; each presses its button if that can be pressed now
+
   const press = (id) => {
-    const button = document.getElementById(id);
+    const button = byId(id);
     if (button && !button.disabled && button.offsetParent !== null) button.click();
   };
+
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       press("generate");
     } else if (event.key === "Escape" && !event.isComposing && !event.defaultPrevented) {
-      press("stop");
+      // In full screen, Escape leaves it and does nothing else.
+      if (document.fullscreenElement === null) press("stop");
     }
   });
+
+  // ---- what the buttons inside our own HTML do
+
+  let loop = false;
+
+  const player = {
+    replay: () => {
+      const shown = video();
+      shown.currentTime = 0;
+      shown.play();
+    },
+    loop: (button) => {
+      loop = !loop;
+      button.setAttribute("aria-pressed", String(loop));
+      if (loop && video()?.ended) player.replay();
+    },
+    fullscreen: () => video().requestFullscreen(),
+  };
+
+  // Not the video's own `loop`: a stream in a MediaSource comes to rest at its end with it. Media events do not bubble.
+  document.addEventListener("ended", (event) => loop && event.target === video() && player.replay(), true);
+
+  const useSeed = (button) => {
+    byId("use-seed").click();
+    acknowledge(button, "set");
+  };
+
+  const copy = async (button) => {
+    try {
+      await navigator.clipboard.writeText(button.dataset.copy);
+      acknowledge(button, "copied");
+    } catch {
+      // Browsers allow it on https and localhost only; then the text is selected, for the visitor's own hand.
+      getSelection().selectAllChildren(button.previousElementSibling);
+      acknowledge(button, "selected");
+    }
+  };
+
+  const acknowledge = (button, word) => {
+    const before = button.textContent;
+    button.textContent = word;
+    setTimeout(() => (button.textContent = before), 1500);
+  };
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button === null) return;
+    if (button.dataset.player) player[button.dataset.player](button);
+    if (button.dataset.useSeed) useSeed(button);
+    if (button.dataset.copy) copy(button);
+  });
+
+  // ---- the video comes and goes; its buttons follow
+
+  const follow = () => {
+    const shown = video();
+    for (const name of ["replay", "fullscreen"]) {
+      const button = document.querySelector(`[data-player=${name}]`);
+      if (button !== null) button.disabled = shown === null;
+    }
+  };
+
+  // ---- browsers that cannot play a video while it is made get it whole
+
+  const canStream =
+    "MediaSource" in window ||
+    "ManagedMediaSource" in window ||
+    document.createElement("video").canPlayType("application/vnd.apple.mpegurl") !== "";
+
+  addEventListener("sf-file", ({ detail: address }) => {
+    if (canStream) return;
+    byId("finished-video")?.remove();
+    if (address === null) return;
+    const whole = { id: "finished-video", src: address, controls: true, autoplay: true, muted: true };
+    byId("video").append(Object.assign(document.createElement("video"), whole));
+  });
+
+  // ---- a video made here, dropped anywhere on the page, brings its settings back
+
+  const RECIPE_BYTES = 1 << 20; // it stands near the beginning: the rest of a long video need not be sent
+
+  const isVideo = (file) => file.type === "video/mp4" || file.name.toLowerCase().endsWith(".mp4");
+
+  const restore = (file) => {
+    const input = document.querySelector("input[type=file]:has(+ #restore)");
+    if (input === null) return;
+    const beginning = new File([file.slice(0, RECIPE_BYTES)], "dropped.mp4", { type: "video/mp4" });
+    const files = new DataTransfer();
+    files.items.add(beginning);
+    input.files = files.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+
+  const carriesFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+  let depth = 0; // of elements that the file is being dragged over, one inside the other
+
+  const showDropping = (change) => {
+    depth = Math.max(0, depth + change);
+    document.body.classList.toggle("sf-dropping", depth > 0);
+  };
+
+  document.addEventListener("dragenter", (event) => carriesFiles(event) && showDropping(1), true);
+  document.addEventListener("dragleave", (event) => carriesFiles(event) && showDropping(-1), true);
+  document.addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault(), true);
+  document.addEventListener(
+    "drop",
+    (event) => {
+      if (!carriesFiles(event)) return;
+      event.preventDefault();
+      event.stopPropagation();
+      showDropping(-depth);
+      const file = [...event.dataTransfer.files].find(isVideo);
+      if (file) restore(file);
+      else tell("That is no MP4 file: drop a video that was made here to get its settings back.");
+    },
+    true,
+  );
+
+  // ---- what cannot go on without a word
+
+  if (!canStream) {
+    tell("This browser cannot play a video while it is being made. It is shown as soon as it is finished.");
+  }
+  if (sessionStorage.getItem("sf-left-running")) {
+    sessionStorage.removeItem("sf-left-running");
+    tell("The page was loaded anew while a video was being made. That run was stopped; generate it again if you like.");
+  }
+  addEventListener("pagehide", () => running() && sessionStorage.setItem("sf-left-running", "1"));
+
+  new MutationObserver(follow).observe(document.body, { childList: true, subtree: true });
+  follow();
 }

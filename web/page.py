@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import json
-import secrets
-from collections.abc import Iterator
-from html import escape
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, SECONDS_RANGE
-from pipeline.errors import SelfForcingError
+from pipeline.config import SECONDS_RANGE, check_available
+from pipeline.errors import InvalidRequest, SelfForcingError
+from pipeline.recipe import read_recipe, request_from_recipe
 from pipeline.worker import ModelWorker
-from web import status, style
-from web.adapter import AdaptedPipeline
+from web import pieces, status, style
+from web.adapter import AdaptedPipeline, adapted
+from web.api import add_endpoints
 from web.body_limit import BodyLimit
-from web.generation import DEFAULT_MAX_SECONDS, Generator, Update
-from web.player import live_video
+from web.events import Values, refusal, session_of, shown
+from web.generation import DEFAULT_MAX_SECONDS, Generator
+from web.layout import Layout
+from web.storage import VideoStore
+from web.streams import StreamMemory
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES_FILE = ROOT / "examples" / "prompts.json"
 
-DEFAULT_SECONDS = 5.0
 QUEUE_SIZE = 16
 CACHE_CHECK_SECONDS, CACHE_AGE_SECONDS = 600, 1800
+SWEEP_SECONDS = 60
+LOADING_POLL_SECONDS = 0.25
 
 LAUNCH_DEFAULTS: dict[str, Any] = {
     "server_name": "127.0.0.1",
@@ -41,14 +45,7 @@ LAUNCH_DEFAULTS: dict[str, Any] = {
     "pwa": False,
     "run_history": False,
     "enable_monitoring": False,
-    "app_kwargs": {"middleware": [Middleware(BodyLimit)]},
     "footer_links": ["api", "settings"],
-}
-
-OPTIONS = {
-    "compile": ("torch.compile", "Compiles the model before the first frame; faster on long videos."),
-    "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
-    "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
 }
 
 
@@ -56,22 +53,23 @@ def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS) -> gr.Blo
     """The whole app around a pipeline, ready for `launch()`.
 
     Args:
-        pipeline: A `StreamingPipeline`, or a `ModelWorker` that has loaded one, or in a pinch any object with
-            `stream(request)`.
+        pipeline: A `StreamingPipeline`, or a `ModelWorker`, which may still be loading one: the page then shows how far
+            it is. In a pinch any object with `stream(request)`.
         max_seconds: Longest video that may be asked for. A run may take twice as long and a minute more.
     """
-    worker = pipeline if isinstance(pipeline, ModelWorker) else None
-    model = AdaptedPipeline(worker.wait_ready() if worker else pipeline)
-    worker = worker or ModelWorker(model)
-    page = Page(worker, model, max_seconds)
-    return page.blocks
+    if isinstance(pipeline, ModelWorker):
+        worker = pipeline
+    else:
+        worker = ModelWorker(adapted(pipeline))
+        worker.wait_ready()
+    return Page(worker, max_seconds).blocks
 
 
 class Page:
-    """Builds the components and wires them to a `Generator`."""
+    """Wires the components to a `Generator`."""
 
-    def __init__(self, worker: ModelWorker, model: AdaptedPipeline, max_seconds: float) -> None:
-        self.model = model
+    def __init__(self, worker: ModelWorker, max_seconds: float) -> None:
+        self.worker = worker
         self.max_seconds = max_seconds
         self.blocks = gr.Blocks(
             title="Self-Forcing: text to video, live",
@@ -79,170 +77,204 @@ class Page:
             delete_cache=(CACHE_CHECK_SECONDS, CACHE_AGE_SECONDS),
             fill_width=True,
         )
+        self.streams = StreamMemory(self.blocks)
         with self.blocks:
-            self._lay_out()
-            self.generator = Generator(worker, model, Path(self.download.GRADIO_CACHE) / "videos", max_seconds)
+            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]))
+            self.generator = Generator(worker, VideoStore(Path(self.ui.download.GRADIO_CACHE) / "videos"), max_seconds)
             self._wire()
+            add_endpoints(self)
         self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
+        self._fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
         self.blocks.launch = functools.partial(
-            self.blocks.launch, theme=style.theme(), css=style.css(model.spec), js=style.script(), **LAUNCH_DEFAULTS
+            self.blocks.launch,
+            theme=style.theme(),
+            css=style.css(),
+            js=style.script(),
+            app_kwargs={"middleware": [Middleware(BodyLimit)], "lifespan": self._looked_after},
+            **LAUNCH_DEFAULTS,
         )
 
-    # ---- layout
-
-    def _lay_out(self) -> None:
-        gr.HTML(_header(self.model), elem_id="header", padding=False)
-        with gr.Row(elem_id="columns", equal_height=False):
-            with gr.Column(scale=5, min_width=320, elem_id="inputs"):
-                with gr.Column(elem_id="ask"):
-                    self.prompt = gr.Textbox(
-                        label="Prompt",
-                        placeholder=f"Describe the video, for example: {_examples()[0]}",
-                        lines=3,
-                        max_lines=8,
-                        max_length=MAX_PROMPT_CHARS,
-                        elem_id="prompt",
-                    )
-                    self.notice = gr.HTML("", elem_id="notice", padding=False)
-                    with gr.Row(elem_id="buttons"):
-                        self.generate = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
-                        self.stop = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
-                with gr.Column(elem_id="more"):
-                    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                        self._lay_out_settings()
-                    gr.Examples(
-                        examples=[[prompt] for prompt in _examples()],
-                        inputs=[self.prompt],
-                        label="Try one of these",
-                        cache_examples=False,
-                        examples_per_page=20,
-                        elem_id="examples",
-                        api_visibility="private",
-                    )
-                    if words := self.model.known_words():
-                        with gr.Accordion(f"The {len(words)} words this model knows", open=False, elem_id="words"):
-                            gr.HTML(_word_list(words), padding=False)
-            with gr.Column(scale=7, min_width=320, elem_id="result"):
-                self.video = live_video(label="Video", show_label=False, elem_id="video")
-                self.status = gr.HTML(
-                    status.idle(_describe(self.model)),
-                    label="Status",
-                    show_label=False,
-                    elem_id="status",
-                    padding=False,
-                )
-                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
-                # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
-                self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
-                self.download = gr.DownloadButton("Download MP4", interactive=False, elem_id="download")
-
-    def _lay_out_settings(self) -> None:
-        low, high = SECONDS_RANGE
-        longest = min(high, self.max_seconds)
-        fps_low, fps_high = FPS_RANGE
-        # Numbers, not sliders: what is typed arrives as it is, and the request says what is wrong with it.
-        with gr.Row(elem_id="numbers"):
-            self.seed = gr.Number(label="Seed", info="-1: random", value=-1, step=1, min_width=90)
-            self.fps = gr.Number(
-                label="Target FPS", info=f"{fps_low:g} to {fps_high:g}", value=self.model.fps, step=1, min_width=90
-            )
-            self.seconds = gr.Number(
-                label="Length (s)",
-                info=f"{low:g} to {longest:g}",
-                value=min(DEFAULT_SECONDS, longest),
-                step=0.5,
-                min_width=90,
-            )
-        unavailable = self.model.unavailable_options()
-        self.options = {
-            name: gr.Checkbox(
-                label=label,
-                info=unavailable.get(name, info),
-                interactive=name not in unavailable,
-                elem_id=f"option-{name}",
-            )
-            for name, (label, info) in OPTIONS.items()
-        }
+    def _fit_to_model(self) -> None:
+        """Make the page that visitors get from now on the one for this model, if there is one."""
+        if (model := self._model_or_none()) is None:
+            return
+        for component, settings in self.ui.fitted_to(model).items():
+            for name, value in settings.items():
+                setattr(component, name, value)
+        self.blocks.config = self.blocks.get_config_file()
 
     # ---- events
 
     def _wire(self) -> None:
-        options = [self.options[name] for name in ("taehv", "fp8", "compile")]
-        inputs = [self.prompt, self.seed, self.fps, self.seconds, *options]
-        buttons = [self.generate, self.stop]
+        ui = self.ui
+        buttons = [ui.generate, ui.stop]
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-        generating = self.generate.click(
+        # In the queue, though they never wait there: the page shows no errors of events outside of it.
+        aside = {**quiet, "queue": True, "concurrency_limit": None}
+        generating = ui.generate.click(
             self._begin,
-            inputs,
-            [self.ticket, self.status, self.download, *buttons],
+            ui.inputs,
+            [ui.ticket, ui.status, ui.download, ui.place_timer, *buttons],
             trigger_mode="multiple",
-            # In the queue, though it never waits there: the page shows no errors of events outside of it.
-            **{**quiet, "queue": True, "concurrency_limit": None},
+            **aside,
         ).success(
             self._generate,
-            [*inputs, self.ticket],
-            [self.video, self.status, self.download],
-            api_name="generate",
+            [*ui.inputs, ui.ticket],
+            [ui.video, ui.status, ui.download],
             concurrency_limit=1,
             concurrency_id="model",
             trigger_mode="multiple",
             # The usual progress display would lay an opaque layer over the playing video at every update.
             show_progress="hidden",
+            api_visibility="private",
         )
-        generating.then(self._end, [self.download, self.ticket], [self.download, *buttons], **quiet)
-        generating.then(None, [self.video], [self.video], js=_ASK_ONCE_MORE, **quiet)
-        self.stop.click(
-            self._stop, None, [self.status, *buttons], **{**quiet, "api_visibility": "public"}, api_name="stop"
+        generating.then(self._end, [ui.download, ui.ticket], [ui.download, ui.place_timer, *buttons], **quiet)
+        generating.then(None, [ui.video], [ui.video], js=_ASK_ONCE_MORE, **quiet)
+        generating.then(None, [ui.download], None, js=_TELL_FILE, **quiet)
+        ui.use_seed.click(None, None, [ui.seed], js=_SHOWN_SEED, **quiet)
+        ui.stop.click(self._stop, None, [ui.status, *buttons], **quiet)
+        ui.place_timer.tick(self._place, [ui.ticket], [ui.status, ui.place_timer], **quiet)
+        ui.prompt.change(self._notice, [ui.prompt], [ui.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
+        gr.on(
+            [ui.seed.change, ui.fps.change, ui.seconds.change],
+            self._checked_settings,
+            [ui.seed, ui.fps, ui.seconds],
+            [ui.settings_notice],
+            trigger_mode="always_last",
+            **quiet,
         )
-        self.prompt.change(self._notice, [self.prompt], [self.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
+        ui.dropped.upload(self._restore, [ui.dropped], [ui.dropped, *ui.inputs, ui.notice], **aside)
+        if self._model_or_none() is None:
+            self.blocks.load(self._arrive, None, ui.fitted, **aside)
         self.blocks.unload(self._leave)
 
-    def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> tuple[Any, ...]:
+    async def _arrive(self) -> AsyncIterator[Values]:
+        """Tell somebody who came before the model how far it is, then make their page fit it."""
+        waits = {component: gr.skip() for component in self.ui.fitted}
+        while not self.worker.loaded:
+            yield tuple({**waits, self.ui.status: status.loading(self.worker.loading)}.values())
+            await asyncio.sleep(LOADING_POLL_SECONDS)
+        try:
+            model = self.generator.pipeline
+        except SelfForcingError as error:
+            yield tuple({**waits, self.ui.status: status.failed(str(error))}.values())
+            return
+        fitted = {component: gr.update(**new) for component, new in self.ui.fitted_to(model).items()}
+        yield tuple({**waits, **fitted}.values())
+
+    def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
-        self._request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        ticket, ahead = self.generator.sessions.expect(_session(request))
-        return ticket, status.waiting(ahead), gr.update(value=None, interactive=False), *_buttons(running=True)
+        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        ticket, place = self.generator.sessions.expect(
+            session_of(request), lambda: self.generator.expected_seconds(checked)
+        )
+        timer = gr.Timer(active=place.ahead > 0)
+        return ticket, status.waiting(place), gr.update(value=None, interactive=False), timer, *_buttons(running=True)
+
+    def _place(self, ticket: str | None, request: gr.Request) -> Values:
+        place = self.generator.sessions.place(session_of(request), ticket)
+        if place is None:
+            return gr.skip(), gr.Timer(active=False)
+        return status.waiting(place), gr.skip()
 
     def _generate(
-        self,
-        prompt: str,
-        seed: float = -1,
-        fps: float | None = None,
-        seconds: float = DEFAULT_SECONDS,
-        taehv: bool = False,
-        fp8: bool = False,
-        compile: bool = False,
-        ticket: str | None = None,
-        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
-    ) -> Iterator[Update]:
-        """Make a video. Streams it while it is made, with a status in HTML; the last value is the MP4 file."""
-        checked = self._request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        yield from self.generator.run(checked, _session(request), ticket)
+        self, prompt, seed, fps, seconds, taehv, fp8, compile, ticket, request: gr.Request
+    ) -> Iterator[Values]:
+        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        session = session_of(request)
+        self.streams.forget(session)
+        try:
+            for update in self.generator.run(checked, session, ticket):
+                yield shown(update)
+        except SelfForcingError as error:
+            raise refusal(error) from error
 
-    def _request(self, prompt, seed, fps, seconds, taehv, fp8, compile) -> Any:
+    def request(self, prompt, seed, fps, seconds, taehv, fp8, compile) -> Any:
+        """What a visitor sent, checked. What is wrong with it, the visitor is told."""
         try:
             return self.generator.checked_request(
                 prompt=prompt, seed=seed, seconds=seconds, fps=fps, taehv=taehv, fp8=fp8, compile=compile
             )
         except SelfForcingError as error:
-            raise gr.Error(str(error), title="This cannot be made", print_exception=False) from error
+            raise refusal(error) from error
 
-    def _end(self, file: str | None, ticket: str | None, request: gr.Request) -> tuple[Any, ...]:
-        self.generator.sessions.settle(_session(request), ticket)
-        running = self.generator.sessions.busy(_session(request))
-        return gr.update(interactive=file is not None), *_buttons(running=running)
+    def _end(self, file: str | None, ticket: str | None, request: gr.Request) -> Values:
+        session = session_of(request)
+        self.generator.sessions.settle(session, ticket)
+        running = self.generator.sessions.busy(session)
+        return gr.update(interactive=file is not None), gr.Timer(active=False), *_buttons(running=running)
 
-    def _stop(self, request: gr.Request) -> tuple[Any, ...]:
-        """Stop this session's runs at the next denoising step; what is made so far becomes the video."""
+    def _stop(self, request: gr.Request) -> Values:
         told = {"running": status.stopping(), "waiting": status.stopped_early(), "none": gr.skip()}
-        return told[self.generator.sessions.stop(_session(request))], *_buttons(running=False)
+        return told[self.generator.sessions.stop(session_of(request))], *_buttons(running=False)
 
     def _leave(self, request: gr.Request) -> None:
-        self.generator.sessions.stop(_session(request), abandon=True)
+        session = session_of(request)
+        self.generator.sessions.stop(session, abandon=True)
+        self.generator.store.leave(session)
 
     def _notice(self, prompt: str) -> str:
-        return _notice(self.model.unknown_words(prompt[:MAX_PROMPT_CHARS]) if isinstance(prompt, str) else [])
+        return pieces.prompt_notice(prompt, self._model_or_none()) if isinstance(prompt, str) else ""
+
+    def _checked_settings(self, seed, fps, seconds) -> str:
+        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, self._model_or_none())
+
+    def _model_or_none(self) -> AdaptedPipeline | None:
+        with suppress(SelfForcingError):
+            return self.generator.pipeline
+        return None
+
+    def _restore(self, path: str | None) -> Values:
+        """Every setting of a video that was made here. The file itself is not kept."""
+        if path is None:
+            return tuple(gr.skip() for _ in range(len(self.ui.inputs) + 2))
+        try:
+            recipe = read_recipe(path)
+            restored = request_from_recipe(recipe)
+            model = self.generator.pipeline
+            if restored.seconds > self.max_seconds:
+                raise InvalidRequest(
+                    f"That video has {restored.seconds:g} s; here at most {self.max_seconds:g} s can be made."
+                )
+            check_available(restored, model.unavailable_options())
+        except SelfForcingError as error:
+            raise refusal(error) from error
+        finally:
+            Path(path).unlink(missing_ok=True)
+        other = recipe.get("model") not in ("", model.name)
+        said = f"That video was made by {recipe.get('model')}; this model will make another one." if other else ""
+        if said:
+            gr.Warning(said)
+        else:
+            gr.Info("All settings are those of that video. Generate makes it again.")
+        options = (restored.taehv, restored.fp8, restored.compile)
+        notice = pieces.prompt_notice(restored.prompt, model)
+        return None, restored.prompt, restored.seed, restored.fps, restored.seconds, *options, notice
+
+    # ---- while the server runs
+
+    @asynccontextmanager
+    async def _looked_after(self, app: Any) -> AsyncIterator[None]:
+        """What goes on beside the visitors' events as long as the server runs."""
+        tasks = [asyncio.create_task(self._fit_when_loaded()), asyncio.create_task(self._sweep())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _fit_when_loaded(self) -> None:
+        while not self.worker.loaded:
+            await asyncio.sleep(LOADING_POLL_SECONDS)
+        self._fit_to_model()
+
+    async def _sweep(self) -> None:
+        """Files and segments go by age and by size, whether or not anybody comes."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.streams.sweep()
+            await asyncio.to_thread(self.generator.store.sweep)
 
 
 # Typing asks the server once it pauses. An older question that was overtaken never gets its answer, which is fine.
@@ -255,47 +287,11 @@ _DEBOUNCE = """(text) => new Promise((resolve) => {
 # When a look at the playlist finds the end, hls.js does not cancel the next look that it planned before; a second does.
 _ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(video && { ...video }), 400))"
 
+# For browsers that cannot play a stream: the script shows them the file.
+_TELL_FILE = "(file) => { dispatchEvent(new CustomEvent('sf-file', { detail: file?.url ?? null })); return []; }"
 
-def _session(request: gr.Request | None) -> str:
-    # A call without a session (the plain HTTP API) is a visitor of its own.
-    return getattr(request, "session_hash", None) or secrets.token_hex(8)
+_SHOWN_SEED = "() => Number(document.querySelector('[data-use-seed]').dataset.useSeed)"
 
 
 def _buttons(*, running: bool) -> tuple[Any, Any]:
     return gr.update(visible=not running), gr.update(visible=running)
-
-
-def _examples() -> list[str]:
-    return json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
-
-
-def _describe(model: AdaptedPipeline) -> str:
-    spec = model.spec
-    return f"{spec.name} · {spec.width}×{spec.height} at {spec.fps:g} FPS" if spec else "The model is loaded."
-
-
-_MARK = """
-<svg class="sf-mark" viewBox="0 0 32 32" aria-hidden="true">
-  <defs><linearGradient id="sf-dusk" x2="1" y2="1"><stop stop-color="#ea580c"/><stop offset="1" stop-color="#db2777"/>
-  </linearGradient></defs>
-  <rect width="32" height="32" rx="9" fill="url(#sf-dusk)"/><path d="M12 9.5v13l11-6.5z" fill="#fff"/>
-</svg>
-"""
-
-
-def _header(model: AdaptedPipeline) -> str:
-    return (
-        f"{_MARK}<h1>Self-Forcing</h1><p>Type a sentence. The video plays while it is still being made.</p>"
-        f'<span class="sf-model">{escape(model.name)}</span>'
-    )
-
-
-def _notice(unknown: list[str]) -> str:
-    if not unknown:
-        return ""
-    words = ", ".join(f"<b>{escape(word)}</b>" for word in unknown[:12]) + (" …" if len(unknown) > 12 else "")
-    return f'<p role="status">Not known to this model, so it ignores: {words}</p>'
-
-
-def _word_list(words: list[str]) -> str:
-    return f'<ul class="sf-words">{"".join(f"<li>{escape(word)}</li>" for word in words)}</ul>'

@@ -5,23 +5,59 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.worker import Run
 
+Expected = Callable[[], float | None]
+
+MAX_EXPECTED = 100
+"""Clicks whose runs have not begun. Far fewer fit into the queue; more come from a program that clicks and leaves."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a click stands in the queue."""
+
+    ahead: int
+    """Runs that come before it."""
+    seconds: float | None
+    """Until it begins, as far as can be told from earlier runs; None if one of those ahead is of unknown length."""
+
 
 class Ticket:
-    """One click on Generate: from the click, through the queue, to the end of the run."""
+    """One click on Generate: from the click, through the queue, to the end of the run.
 
-    def __init__(self) -> None:
+    Args:
+        expected: Tells how many seconds its run will take the model, as far as is known when it is asked.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, expected: Expected = lambda: None) -> None:
         self.id = secrets.token_hex(8)
+        self.number = next(self._numbers)
+        self._expected = expected
+        self._done_at: float | None = None
         self._lock = threading.Lock()
         self._run: Run | None = None
         self.stopped = False
         """Whether the visitor wants no more of it."""
         self.abandoned = False
         """Whether nobody is there any more to want anything."""
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Until its run will be over; None if nobody knows."""
+        return self._expected() if self._done_at is None else max(0.0, self._done_at - time.monotonic())
+
+    def will_take(self, seconds: float) -> None:
+        """Its run goes on and has this long to go."""
+        self._done_at = time.monotonic() + seconds
 
     def attach(self, run: Run) -> None:
         """Say which run this click has become."""
@@ -53,25 +89,47 @@ class Sessions:
         self._unheard: Counter[str] = Counter()
         """Runs that ended here, of which the visitor's page has not heard yet."""
 
-    def expect(self, session: str) -> tuple[str, int]:
-        """Note that the visitor's next run is on its way. Returns its ticket's id and how many runs are ahead of it."""
-        ticket = Ticket()
+    def expect(self, session: str, expected: Expected = lambda: None) -> tuple[str, Place]:
+        """Note that the visitor's next run is on its way. Returns its ticket's id and its place in the queue."""
+        ticket = Ticket(expected)
         with self._lock:
-            tickets = itertools.chain(*self._waiting.values(), *self._active.values())
-            ahead = sum(not other.stopped for other in tickets)
             # Nobody misses a stopped one: if its run still comes, `begin` knows what became of it.
             waiting = [other for other in self._waiting[session] if not other.stopped]
             self._waiting[session] = [*waiting, ticket]
-        return ticket.id, ahead
+            self._drop_excess()
+            return ticket.id, self._place(ticket)
 
-    def begin(self, session: str, ticket_id: str | None = None) -> Ticket:
+    def place(self, session: str, ticket_id: str | None) -> Place | None:
+        """Where a click stands now; None if it does not wait any more."""
+        with self._lock:
+            waiting = self._waiting.get(session, ())
+            ticket = next((ticket for ticket in waiting if ticket.id == ticket_id and not ticket.stopped), None)
+            return ticket and self._place(ticket)
+
+    def _drop_excess(self) -> None:
+        """Forget the oldest of too many clicks: their runs were refused or are never coming. Holds the lock."""
+        tickets = [(ticket.number, session) for session, waiting in self._waiting.items() for ticket in waiting]
+        for _, session in sorted(tickets)[:-MAX_EXPECTED]:
+            self._waiting[session].pop(0)
+            if not self._waiting[session]:
+                del self._waiting[session]
+
+    def _place(self, ticket: Ticket) -> Place:
+        """Holds the lock."""
+        earlier = (other for other in itertools.chain(*self._waiting.values()) if other.number < ticket.number)
+        ahead = [other for other in itertools.chain(earlier, *self._active.values()) if not other.stopped]
+        remaining = [other.remaining_seconds for other in ahead]
+        seconds = None if None in remaining else sum(part for part in remaining if part is not None)
+        return Place(len(ahead), seconds)
+
+    def begin(self, session: str, ticket_id: str | None = None, expected: Expected = lambda: None) -> Ticket:
         """The ticket of the run that begins now.
 
         A run without a `ticket_id` was never announced (an API client's) and gets a new ticket. A ticket that is not
         there any more was stopped, and so is the one returned for it.
         """
         with self._lock:
-            ticket = self._taken(session, ticket_id) if ticket_id else Ticket()
+            ticket = self._taken(session, ticket_id) if ticket_id else Ticket(expected)
             if ticket is None:
                 ticket = Ticket()
                 ticket.stopped = True

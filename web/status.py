@@ -1,16 +1,20 @@
-"""The status line under the video, as HTML: where the run is, how fast it goes, what was really done."""
+"""The status card under the video, as HTML: where the run is, how fast it goes, what was really done."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from pipeline.blocks import FrameBlock, RunInfo
+from pipeline.loading import LoadingState
+from web.sessions import Place
 
 
 @dataclass
 class RunMeter:
-    """Counts what a run has produced, for the status line."""
+    """Counts what a run has produced."""
 
     run: RunInfo
     blocks: int = 0
@@ -41,16 +45,40 @@ class RunMeter:
         """Share of the video that is made, 0 to 1; None if the pipeline does not say how long it will be."""
         return min(1.0, self.frames / self.run.num_frames) if self.run.num_frames else None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For programs that call the API."""
+        return {
+            "block": self.blocks,
+            "num_blocks": self.run.num_blocks,
+            "frames": self.frames,
+            "num_frames": self.run.num_frames,
+            "time_to_first_frame": round(self.time_to_first_frame, 3),
+            "generation_fps": round(self.generation_fps, 2),
+            "playback_fps": self.run.fps,
+            "seed": self.run.seed,
+            "applied": dict(self.run.applied),
+        }
+
+
+def loading(state: LoadingState) -> str:
+    return _card("busy", "Loading the model", f"{state.stage} …", share=state.share)
+
 
 def idle(line: str) -> str:
     return _card("idle", "Ready", line)
 
 
-def waiting(ahead: int) -> str:
-    if ahead == 0:
-        return _card("busy", "Starting", "The model reads your prompt.", share=0.0)
-    runs = "1 run is" if ahead == 1 else f"{ahead} runs are"
-    return _card("busy", "In the queue", f"{runs} ahead of yours. It starts by itself.", share=0.0)
+def waiting(place: Place) -> str:
+    if place.ahead == 0:
+        return starting()
+    runs = "1 run is" if place.ahead == 1 else f"{place.ahead} runs are"
+    wait = "" if place.seconds is None else f" About {_duration(place.seconds)} to go."
+    line = f"{runs} ahead of yours.{wait} It starts by itself."
+    return _card("busy", f"Number {place.ahead + 1} in the queue", line, share=0.0)
+
+
+def starting() -> str:
+    return _card("busy", "Starting", "The model reads your prompt.", share=0.0)
 
 
 def stopping() -> str:
@@ -69,19 +97,29 @@ def generating(meter: RunMeter, *, buffering: bool = False) -> str:
     return _card("busy", "Buffering" if buffering else "Generating", line, share=meter.share, meter=meter)
 
 
-def finished(meter: RunMeter, *, stopped: bool = False) -> str:
+def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: bool = False) -> str:
     seconds = meter.frames / meter.run.fps
     line = f"{meter.frames} frames · {seconds:.2f} s of video"
     if stopped:
-        return _card("done", "Stopped", f"{line}, all that was made", share=meter.share, meter=meter)
-    return _card("done", "Finished", line, share=1.0, meter=meter)
+        line, share = f"{line}, all that was made", meter.share
+    else:
+        share = 1.0
+    return _card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
 
 
 def failed(message: str, meter: RunMeter | None = None) -> str:
     return _card("failed", "Failed", message, meter=meter)
 
 
-def _card(state: str, headline: str, line: str, *, share: float | None = None, meter: RunMeter | None = None) -> str:
+def _card(
+    state: str,
+    headline: str,
+    line: str,
+    *,
+    share: float | None = None,
+    meter: RunMeter | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> str:
     parts = [f'<p class="sf-headline"><b>{escape(headline)}</b> <span>{escape(line)}</span></p>']
     if share is not None:
         percent = f"{100 * share:.1f}%"
@@ -90,6 +128,8 @@ def _card(state: str, headline: str, line: str, *, share: float | None = None, m
         parts.append('<div class="sf-bar sf-endless" aria-hidden="true"><i></i></div>')
     if meter is not None and meter.blocks:
         parts.append(_facts(meter))
+    if recipe is not None:
+        parts.append(_recipe(recipe))
     # Screen readers are told the headline only; the numbers change too often to be read out.
     return (
         f'<div class="sf-status sf-{state}"><span class="sf-sr" role="status" aria-live="polite">'
@@ -100,17 +140,55 @@ def _card(state: str, headline: str, line: str, *, share: float | None = None, m
 def _facts(meter: RunMeter) -> str:
     run = meter.run
     keeps_up = meter.generation_fps >= run.fps
+    seed = f"{run.seed}{_seed_button(run.seed)}" if run.seed >= 0 else "random"
     facts = [
         ("First frame", f"{meter.time_to_first_frame:.2f} s", ""),
         ("Generation", f"{meter.generation_fps:.1f} FPS", "sf-good" if keeps_up else "sf-slow"),
         ("Playback", f"{run.fps:g} FPS", ""),
-        ("Seed", str(run.seed) if run.seed >= 0 else "random", ""),
+        ("Seed", seed, ""),
     ]
-    cells = "".join(
-        f'<div><dt>{label}</dt><dd class="{tone}">{escape(value)}</dd></div>' for label, value, tone in facts
-    )
+    cells = "".join(f'<div><dt>{label}</dt><dd class="{tone}">{value}</dd></div>' for label, value, tone in facts)
     chips = "".join(
         f"<li><span>{escape(option)}</span> {escape(str(value))}</li>" for option, value in run.applied.items()
     )
     notes = "".join(f'<p class="sf-note">{escape(note)}</p>' for note in meter.notes)
     return f'<dl class="sf-facts">{cells}</dl>{notes}' + (f'<ul class="sf-chips">{chips}</ul>' if chips else "")
+
+
+def _seed_button(seed: int) -> str:
+    return f'<button type="button" class="sf-link" data-use-seed="{seed}">use this seed</button>'
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    """What it takes to make the video again, as it stands in the file too, and as a command."""
+    settings = recipe["settings"]
+    switched_on = ", ".join(name for name in ("taehv", "fp8", "compile") if settings[name]) or "none"
+    rows = {
+        "Prompt": recipe["prompt"],
+        "Seed": recipe["seed"],
+        "Length": f"{settings['seconds']:g} s at {settings['fps']:g} FPS",
+        "Options": switched_on,
+        "Model": recipe["model"] or "unknown",
+        "Weights": recipe["weights_sha256"][:12] or "unknown",
+    }
+    cells = "".join(f"<dt>{label}</dt><dd>{escape(str(value))}</dd>" for label, value in rows.items())
+    command = _command(recipe)
+    return (
+        '<details class="sf-recipe"><summary>Recipe</summary>'
+        "<p>It is in the MP4, too: drop the file on this page and every setting comes back.</p>"
+        f"<dl>{cells}</dl><div><code>{escape(command)}</code>"
+        f'<button type="button" class="sf-link" data-copy="{escape(command)}">copy</button></div></details>'
+    )
+
+
+def _command(recipe: dict[str, Any]) -> str:
+    settings = recipe["settings"]
+    words = ["python", "-m", "pipeline", recipe["prompt"], "--seed", str(recipe["seed"])]
+    words += ["--seconds", f"{settings['seconds']:g}", "--fps", f"{settings['fps']:g}"]
+    words += [f"--{name}" for name in ("taehv", "fp8", "compile") if settings[name]]
+    return shlex.join(words)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(1, round(seconds))
+    return f"{whole} s" if whole < 90 else f"{round(whole / 60)} min"

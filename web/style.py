@@ -6,8 +6,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from pipeline.config import ModelSpec
-
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "Cantarell", "Noto Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"]
 
@@ -50,11 +48,8 @@ def theme() -> gr.themes.Base:
     )
 
 
-def css(spec: ModelSpec | None = None) -> str:
-    """The style sheet, with the place for the video in the shape of this model's frames."""
-    sheet = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    aspect = f".gradio-container {{ --sf-aspect: {spec.width} / {spec.height}; }}" if spec else ""
-    return f"{sheet}\n{aspect}\n"
+def css() -> str:
+    return (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def script() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import app
+from tests.browser.visitor import wait_until
 from tests.scripted import ScriptedPipeline
 
 RECORDER = Path(__file__).parent / "recorder.js"
@@ -53,8 +54,11 @@ class Site:
         _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, server_port=port)
 
     def reset(self) -> None:
-        """Forget what earlier tests asked of the model."""
+        """Forget what earlier tests asked of a scripted model."""
         pipeline = self.pipeline
+        if not isinstance(pipeline, ScriptedPipeline):
+            return
+        wait_until(None, lambda: len(pipeline.intervals) == len(pipeline.requests))  # a run whose tab was closed
         pipeline.step_seconds, pipeline.on_step = 0.02, None
         for record in (pipeline.faults, pipeline.requests, pipeline.made, pipeline.intervals, pipeline.stamps):
             record.clear()
@@ -64,11 +68,17 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def shared_site(browser, tmp_path_factory) -> Iterator[Site]:
+def pipeline():
+    """The model behind the page. A module may have another one."""
+    return ScriptedPipeline()
+
+
+@pytest.fixture(scope="module")
+def shared_site(browser, pipeline, tmp_path_factory) -> Iterator[Site]:
     # The server runs without ffmpeg and ffprobe on PATH, and so does everything below. (The browser is up already.)
     path = os.environ["PATH"]
     os.environ["PATH"] = str(tmp_path_factory.mktemp("empty"))
-    site = Site(ScriptedPipeline())
+    site = Site(pipeline)
     yield site
     site.close()
     os.environ["PATH"] = path
@@ -97,9 +107,13 @@ def open_page(browser, site: Site) -> Iterator[Callable]:
         page.wait_for_selector("#generate")
         return page
 
+    def close_all() -> None:
+        while contexts:
+            contexts.pop().close()
+
+    open_page.reset = close_all
     yield open_page
-    for context in contexts:
-        context.close()
+    close_all()
     assert errors == []
     assert [url for url in foreign if not url.startswith(site.url)] == []
 
@@ -112,7 +126,9 @@ def retried(test: Callable) -> Callable:
         try:
             test(**fixtures)
         except AssertionError:
-            fixtures["site"].reset()
+            for fixture in fixtures.values():
+                if hasattr(fixture, "reset"):
+                    fixture.reset()
             test(**fixtures)
 
     return twice

@@ -1,0 +1,162 @@
+"""The page's named endpoints, for programs: the same model, queue and limits as for people, plain data instead of HTML.
+
+Each is an event of a component that nobody sees, because what such an event takes and returns is documented by Gradio
+on the page's API view, for its client libraries and for MCP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE
+from pipeline.errors import SelfForcingError
+from web.events import refusal, session_of, shown
+from web.generation import DEFAULT_SECONDS, Update
+
+if TYPE_CHECKING:
+    from web.page import Page
+
+
+def add_endpoints(page: Page) -> None:
+    """Add `/generate`, `/stop`, `/options` and `/video_generation_handler_streaming` to the page's blocks."""
+    endpoints = Endpoints(page)
+    video = gr.File(label="MP4", visible=False)
+    recipe = gr.JSON(label="Recipe", visible=False)
+    progress = gr.JSON(label="Progress", visible=False)
+    answer = gr.JSON(label="Answer", visible=False)
+    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+    aside: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+
+    def endpoint(name: str, fn: Any, inputs: list[Any], outputs: list[Any], **settings: Any) -> None:
+        gr.Button(name, visible=False).click(fn, inputs, outputs, api_name=name, **settings)
+
+    endpoint("generate", endpoints.generate, page.ui.inputs, [video, recipe, progress], **model)
+    endpoint("stop", endpoints.stop, [], [answer], **aside)
+    endpoint("options", endpoints.options, [], [answer], **aside)
+    endpoint(
+        "video_generation_handler_streaming",
+        endpoints.video_generation_handler_streaming,
+        [page.ui.prompt, page.ui.seed, page.ui.fps],
+        [page.ui.video, page.ui.status],
+        **model,
+    )
+
+
+class Endpoints:
+    """What programs call. The docstrings are what they read."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+
+    def generate(
+        self,
+        prompt: str,
+        seed: float = -1,
+        fps: float | None = None,
+        seconds: float = DEFAULT_SECONDS,
+        taehv: bool = False,
+        fp8: bool = False,
+        compile: bool = False,
+        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
+    ) -> Iterator[tuple[Any, ...]]:
+        """Make a video from a sentence. Streams progress while it is made; the last value holds the MP4 and its recipe.
+
+        Args:
+            prompt: What the video shows, 1 to 2,000 characters.
+            seed: -1 draws a random one; any other whole number reproduces the video.
+            fps: Playback rate, 1 to 60; null takes the model's own.
+            seconds: Length of the video, rounded to whole blocks.
+            taehv: Decode with the small TAEHV autoencoder.
+            fp8: Keep the weights in 8 bits.
+            compile: Compile the model first.
+
+        Returns:
+            The MP4 file, its recipe, and progress: state, block, num_blocks, frames, num_frames, time_to_first_frame,
+            generation_fps, playback_fps, seed, applied. File and recipe are null until the end.
+        """
+        checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        try:
+            for update in self._page.generator.run(checked, session_of(request), streamed=False):
+                yield update.file, update.recipe, _progress(update)
+        except SelfForcingError as error:
+            raise refusal(error) from error
+
+    def stop(self, request: gr.Request) -> dict[str, Any]:
+        """Stop this session's runs at the next denoising step. What is finished so far becomes the video.
+
+        Returns:
+            {"stopped": "running"}, or "waiting" for one that had not begun, or "none".
+        """
+        return {"stopped": self._page.generator.sessions.stop(session_of(request))}
+
+    def options(self) -> dict[str, Any]:
+        """What can be asked for here: limits and defaults of every field, options that cannot work and why.
+
+        Returns:
+            Model, frame size, limits, defaults, unavailable options, and the words of a small model (empty: any).
+        """
+        page = self._page
+        try:
+            model = page.generator.pipeline
+        except SelfForcingError as error:
+            raise refusal(error) from error
+        spec = model.spec
+        longest = min(SECONDS_RANGE[1], page.max_seconds)
+        return {
+            "model": model.name,
+            "width": spec.width if spec else None,
+            "height": spec.height if spec else None,
+            "native_fps": model.native_fps,
+            "limits": {
+                "prompt": [1, MAX_PROMPT_CHARS],
+                "seed": [-1, MAX_SEED],
+                "fps": list(FPS_RANGE),
+                "seconds": [SECONDS_RANGE[0], longest],
+            },
+            "defaults": {
+                "seed": -1,
+                "fps": model.fps,
+                "seconds": min(DEFAULT_SECONDS, longest),
+                "taehv": False,
+                "fp8": False,
+                "compile": False,
+            },
+            "unavailable": model.unavailable_options(),
+            "known_words": model.known_words(),
+        }
+
+    def video_generation_handler_streaming(
+        self,
+        prompt: str,
+        seed: float = -1,
+        fps: float | None = None,
+        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
+    ) -> Iterator[tuple[Any, ...]]:
+        """Make a video of the default length and stream it: the name and values that other projects call.
+
+        Args:
+            prompt: What the video shows.
+            seed: -1 draws a random one.
+            fps: Playback rate; null takes the model's own.
+
+        Returns:
+            The video as a stream (a client library gets it as one file) and the status in HTML.
+        """
+        page = self._page
+        seconds = min(DEFAULT_SECONDS, page.max_seconds)
+        checked = page.request(prompt, seed, fps, seconds, False, False, False)
+        session = session_of(request)
+        page.streams.forget(session)
+        try:
+            for update in page.generator.run(checked, session):
+                yield shown(update)[:2]
+        except SelfForcingError as error:
+            raise refusal(error) from error
+
+
+def _progress(update: Update) -> dict[str, Any]:
+    message = {"message": update.message} if update.message else {}
+    return {"state": update.state, **update.meter.as_dict(), **message}

@@ -1,0 +1,45 @@
+"""What the events of the page and of the API have in common: who asks, what they are shown, how they are refused."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import gradio as gr
+
+from pipeline.errors import InvalidRequest, SelfForcingError
+from web import status
+from web.generation import Update
+
+Values = tuple[Any, ...]
+"""New values of components, in the order of an event's outputs."""
+
+
+def shown(update: Update) -> Values:
+    """An update as the page shows it: (video, status, download)."""
+    meter = update.meter
+    video: Any = update.segment or gr.skip()
+    if update.state == "starting":
+        return video, status.starting(), None
+    if not update.is_last:
+        return video, status.generating(meter, buffering=update.state == "buffering"), gr.skip()
+    if meter.frames:
+        # None adds nothing to the stream, but names it once more. So Gradio names it again at the very end, and the
+        # player asks at once for the playlist that says so; otherwise it would ask 5 s after the last segment.
+        video = None
+    if update.state == "failed":
+        return video, status.failed(update.message, meter), update.file
+    if not meter.frames:
+        return video, status.stopped_early(), None
+    return video, status.finished(meter, update.recipe, stopped=update.state == "stopped"), update.file
+
+
+def session_of(request: gr.Request | None) -> str:
+    # A call without a session (the plain HTTP API) is a visitor of its own.
+    return getattr(request, "session_hash", None) or secrets.token_hex(8)
+
+
+def refusal(error: SelfForcingError) -> gr.Error:
+    """An error as Gradio passes it on to whoever asked."""
+    title = "This cannot be made" if isinstance(error, InvalidRequest) else "Error"
+    return gr.Error(str(error), title=title, print_exception=False)

@@ -1,0 +1,147 @@
+"""What is on the page: every component, its place and its name. What happens between them is `web.page`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from pipeline.config import FPS_RANGE, SECONDS_RANGE
+from pipeline.loading import LoadingState
+from web import pieces, status
+from web.adapter import AdaptedPipeline
+from web.generation import DEFAULT_SECONDS
+from web.player import live_video
+
+EXAMPLES_FILE = Path(__file__).resolve().parent.parent / "examples" / "prompts.json"
+
+PLACE_POLL_SECONDS = 1.0
+
+OPTIONS = {
+    "compile": ("torch.compile", "Compiles the model before the first frame; faster on long videos."),
+    "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
+    "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
+}
+
+
+class Layout:
+    """The components, as they are while there is no model yet. To be made inside a `gr.Blocks`.
+
+    Args:
+        loading: How far the model is.
+        longest: Seconds of video that may be asked for.
+    """
+
+    def __init__(self, loading: LoadingState, longest: float) -> None:
+        self._longest = longest
+        self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
+        with gr.Row(elem_id="columns", equal_height=False):
+            with gr.Column(scale=5, min_width=320, elem_id="inputs"):
+                with gr.Column(elem_id="ask"):
+                    self.prompt = gr.Textbox(
+                        label="Prompt",
+                        placeholder=f"Describe the video, for example: {_examples()[0]}",
+                        lines=3,
+                        max_lines=8,
+                        elem_id="prompt",
+                    )
+                    self.notice = gr.HTML("", elem_id="notice", padding=False)
+                    with gr.Row(elem_id="buttons"):
+                        self.generate = gr.Button(
+                            "Generate", variant="primary", size="lg", elem_id="generate", interactive=False
+                        )
+                        self.stop = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
+                with gr.Column(elem_id="more"):
+                    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                        self._lay_out_settings(longest)
+                    gr.Examples(
+                        examples=[[prompt] for prompt in _examples()],
+                        inputs=[self.prompt],
+                        label="Try one of these",
+                        cache_examples=False,
+                        examples_per_page=20,
+                        elem_id="examples",
+                        api_visibility="private",
+                    )
+                    # Or dropped anywhere on the page: the script hands the file to this button.
+                    self.dropped = gr.UploadButton(
+                        "Take all settings from a video made here", file_types=[".mp4"], size="sm", elem_id="restore"
+                    )
+                    with gr.Accordion("Words", open=False, elem_id="words", visible=False) as self.words:
+                        self.word_list = gr.HTML("", padding=False)
+            with gr.Column(scale=7, min_width=320, elem_id="result"):
+                self.video = live_video(label="Video", show_label=False, elem_id="video")
+                with gr.Row(elem_id="under-video"):
+                    gr.HTML(pieces.PLAYER_BUTTONS, elem_id="player", padding=False)
+                    self.download = gr.DownloadButton("Download MP4", interactive=False, size="sm", elem_id="download")
+                self.status = gr.HTML(
+                    status.loading(loading),
+                    label="Status",
+                    show_label=False,
+                    elem_id="status",
+                    padding=False,
+                )
+                # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
+                # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
+                self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
+                # Pressed by the script: a button in HTML cannot set a component's value.
+                self.use_seed = gr.Button("", visible="hidden", elem_id="use-seed")
+        self.place_timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What makes a request, in the order of its fields for programs."""
+        options = [self.options[name] for name in ("taehv", "fp8", "compile")]
+        return [self.prompt, self.seed, self.fps, self.seconds, *options]
+
+    def _lay_out_settings(self, longest: float) -> None:
+        # Numbers, not sliders: what is typed arrives as it is, and the request says what is wrong with it.
+        with gr.Row(elem_id="numbers"):
+            self.seed = gr.Number(label="Seed", info="-1: random", value=-1, step=1, min_width=90, elem_id="seed")
+            self.fps = gr.Number(label="Target FPS", info=f"{FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}", step=1, min_width=90)
+            self.seconds = gr.Number(
+                label="Length (s)",
+                info=f"{SECONDS_RANGE[0]:g} to {longest:g}",
+                value=min(DEFAULT_SECONDS, longest),
+                step=0.5,
+                min_width=90,
+            )
+        self.settings_notice = gr.HTML("", elem_id="settings-notice", padding=False)
+        self.options = {
+            name: gr.Checkbox(label=label, info=info, elem_id=f"option-{name}")
+            for name, (label, info) in OPTIONS.items()
+        }
+
+    @property
+    def fitted(self) -> list[Any]:
+        """The components that depend on the model."""
+        fitted = [self.header, self.status, self.generate, self.fps, self.settings_notice, self.words, self.word_list]
+        return [*fitted, *self.options.values()]
+
+    def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
+        """Component -> its settings for this model, for those that differ from how they were laid out."""
+        words = model.known_words()
+        plan = pieces.settings_notice(self.seed.value, model.fps, self.seconds.value, self._longest, model)
+        unavailable = model.unavailable_options()
+        fitted = {
+            self.header: {"value": pieces.header(model)},
+            self.status: {"value": status.idle(pieces.describe(model))},
+            self.generate: {"interactive": True},
+            self.fps: {
+                "value": model.fps,
+                "info": f"{FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}; natural: {model.native_fps:g}",
+            },
+            self.settings_notice: {"value": plan},
+            self.words: {"label": f"The {len(words)} words this model knows", "visible": bool(words)},
+            self.word_list: {"value": pieces.word_list(words)},
+        }
+        for name, option in self.options.items():
+            if name in unavailable:
+                fitted[option] = {"info": unavailable[name], "interactive": False}
+        return fitted
+
+
+def _examples() -> list[str]:
+    return json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
