@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.decoder import WanStreamDecoder
-from pipeline.errors import NonFiniteOutput, SelfForcingError, TrainingError
+from pipeline.errors import NonFiniteOutput, OutOfMemory, SelfForcingError, TrainingError
 from training.checkpoints import SETTINGS_FILE, Checkpoints
 from training.draws import Draws
 from training.network import load_vae, save_network
@@ -31,6 +32,7 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
         WeightsError: the newest checkpoint is of other settings, or damaged.
         TrainingError: a checkpoint could not be written, or another process ended; says what is saved.
         NonFiniteOutput: the loss became no number.
+        OutOfMemory: of the GPU; says which settings need less.
     """
     run = stage.settings.run
     out = Path(run.out)
@@ -63,16 +65,25 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
                 break
     except SelfForcingError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"The GPU ran out of memory in step {step + 1}. Lower run.micro_batch, set run.gradient_checkpointing or "
+            f"run.cpu_offload. {_saved(checkpoints)}"
+        ) from error
     except RuntimeError as error:
         if processes.count > 1 and _lost_peer(error):
             raise TrainingError(
                 f"Another process of this run ended in step {step + 1}. {_saved(checkpoints)}"
             ) from error
         raise
+    except OSError as error:
+        raise TrainingError(f"{out} cannot be written to ({error.strerror or error}). {_saved(checkpoints)}") from error
     finally:
         bar.close()
         if writer is not None:
-            writer.close()
+            # On a full disk the curves lose their end. That the disk is full was said; weights are in checkpoints.
+            with suppress(OSError):
+                writer.close()
     hand_on(stage, checkpoints, out)
     return step
 
