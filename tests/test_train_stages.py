@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import GenerationRequest, SelfForcingPipeline
+from pipeline.errors import InvalidSettings
 from tests.training_world import make_world, stage_settings
 from training import export
 from training.__main__ import main
@@ -194,3 +195,29 @@ def test_late_windows_are_what_a_rollout_sees(world: Path, tmp_path: Path) -> No
         assert sunk or start == 3
         starts.add(start)
     assert {3, 7} <= starts
+
+
+def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_path: Path) -> None:
+    """A missing file is made again and is the same; other settings do not mix; states run from noise to a clip."""
+    settings = stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2)
+    run_stage("ode_pairs", settings)
+    files = sorted(tmp_path.glob("pairs-*.safetensors"))
+    assert [path.stem for path in files] == [f"pairs-00000{step}-0000{first}" for step in (0, 1) for first in (0, 2)]
+    before, times = [path.read_bytes() for path in files], [path.stat().st_mtime_ns for path in files]
+    files[2].unlink()
+    run_stage("ode_pairs", settings)
+    assert [path.read_bytes() for path in files] == before
+    assert [path.stat().st_mtime_ns == time for path, time in zip(files, times, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    with pytest.raises(InvalidSettings, match="pairs made with other settings: guidance was 5.0 and is now 1.0"):
+        run_stage(
+            "ode_pairs", stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2, guidance=1)
+        )
+    states = load_file(files[0])["states"]
+    assert states.shape == (2, 3, 6, 4, 2, 4)
+    noise = Draws(0, 0, range(2), 4).normal("noise", (6, 4, 2, 4), torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(states[:, 0].float(), noise, atol=2e-3, rtol=0)

@@ -36,6 +36,7 @@ BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 FRAME_STEP = 4
 """Every so-manieth frame counts for the distance; those between are nearly the same."""
 EVALUATION_SEED = 11
+MANY_STEPS = 10**6
 
 
 def frechet_distance(one: Array, two: Array) -> float:
@@ -72,9 +73,10 @@ def train(method: str, seed: int, options: argparse.Namespace) -> Path:
     if not (out / "settings.json").is_file():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
         overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.minutes={options.minutes:g}"]
-        overrides += [f"network.init={json.dumps(str(options.start))}", *options.set]
+        # Time decides when to stop, not the number of steps.
+        overrides += [f"network.init={json.dumps(str(options.start))}", f"run.steps={MANY_STEPS}", *options.set]
         if method != "gan":
-            overrides.append(f"score.teacher.init={json.dumps(str(options.teacher))}")
+            overrides.insert(0, f"score.teacher.init={json.dumps(str(options.teacher))}")
         settings = options.configs / f"embedded_{method}.toml"
         command = [
             sys.executable,
@@ -98,7 +100,7 @@ def judged(run: Path, options: argparse.Namespace) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def as_table(start: Mapping[str, float], results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def as_table(start: Mapping[str, float], results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
     """A Markdown table: the start, and each method's seeds, with whether both measures became better in all of them."""
 
     def following(scores: Mapping[str, float]) -> float:
@@ -113,7 +115,7 @@ def as_table(start: Mapping[str, float], results: Mapping[str, Sequence[Mapping[
 
     rows.append(row("ODE start", start, ""))
     for method, seeds in results.items():
-        for seed, scores in enumerate(seeds):
+        for seed, scores in seeds.items():
             better = [following(scores) > following(start), scores["distance"] < start["distance"]]
             said = {(True, True): "both", (True, False): "following", (False, True): "distance", (False, False): "no"}
             rows.append(row(f"{method.upper()}, seed {seed}", scores, said[better[0], better[1]]))
@@ -138,7 +140,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     start = judged(options.start, options)
     results = {
-        method: [judged(train(method, seed, options), options) for seed in options.seeds] for method in options.methods
+        method: {seed: judged(train(method, seed, options), options) for seed in options.seeds}
+        for method in options.methods
     }
     caption = (
         f"{options.minutes:g} minutes each on {options.processes} processes; {options.prompts} held-out prompts, the "
