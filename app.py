@@ -42,7 +42,7 @@ POLL_SECONDS = 0.5
 
 MCP_PATH = "/gradio_api/mcp/"
 
-ON_SPACE = "SPACE_ID" in os.environ
+SPACE_VARIABLE = "SPACE_ID"
 """Hugging Face Spaces set this; there, the platform is what stands between the page and the public."""
 
 
@@ -147,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = SentenceParser(prog="python app.py", description="Serve the text-to-video page.", allow_abbrev=False)
     parser.add_argument(
         "--host",
-        default="0.0.0.0" if ON_SPACE else "127.0.0.1",
+        default="0.0.0.0" if SPACE_VARIABLE in os.environ else "127.0.0.1",
         help="address to listen on; 0.0.0.0 is the whole network (default: this machine only)",
     )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
@@ -190,7 +190,7 @@ def read_auth(text: str | None) -> tuple[str, str] | None:
 
 def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """A page that anybody can reach, on a machine that works for whoever asks, is never an accident."""
-    if not (options.share or not _is_loopback(options.host)) or ON_SPACE:
+    if not (options.share or not _is_loopback(options.host)) or SPACE_VARIABLE in os.environ:
         return
     reach = "A share link" if options.share else f"The address {options.host}"
     if auth is None and not options.allow_public:

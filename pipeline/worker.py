@@ -31,7 +31,7 @@ from typing import Any, Self, cast
 from pipeline.blocks import FrameBlock, StreamingPipeline
 from pipeline.config import GenerationRequest
 from pipeline.control import RunControl
-from pipeline.errors import Cancelled, OutOfMemory, SelfForcingError
+from pipeline.errors import Cancelled, InvalidRequest, OptionUnavailable, OutOfMemory, SelfForcingError
 from pipeline.loading import LoadingState, heard_by
 
 logger = logging.getLogger(__name__)
@@ -385,7 +385,7 @@ def _again(error: BaseException) -> BaseException:
 def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
     """What the visitor is told of an error in the model. The log gets all of it; memory gets back what it held."""
     expected = isinstance(error, SelfForcingError)
-    if not expected or isinstance(error, OutOfMemory):
+    if not isinstance(error, InvalidRequest | OptionUnavailable):  # those are the visitor's, and were told in full
         logger.error("%s failed", job.id, exc_info=error)
     _clear_traces(error)
     if isinstance(error, OutOfMemory) or _is_out_of_memory(error):

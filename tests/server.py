@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 
 import app
+from web.page import Page
+
+SCRIPTED_PROGRAM = """
+import sys
+import app
+from tests.scripted import ScriptedPipeline
+sys.exit(app.main(load=lambda folder, device: ScriptedPipeline()))
+"""
+"""`python app.py` with a scripted model, for `python -c`. It wants a `--model` folder, which may hold anything."""
 
 
 class Server:
-    """A running page, and a visitor of it who speaks HTTP."""
+    """A running page, and a visitor of it who speaks HTTP.
 
-    def __init__(self, pipeline, **settings) -> None:
+    Args:
+        pipeline: What `build_app` takes.
+        launch: Further arguments for `launch()`.
+        **settings: Further arguments for `build_app`.
+    """
+
+    def __init__(self, pipeline, launch: dict[str, Any] | None = None, **settings) -> None:
         self.pipeline = pipeline
         self.demo = app.build_app(pipeline, **settings)
-        _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
+        _, self.url, _ = self.demo.launch(
+            prevent_thread_lock=True, quiet=True, server_port=free_port(), **(launch or {})
+        )
         self.http = httpx.Client(base_url=self.url.rstrip("/") + "/gradio_api", timeout=30)
+
+    @property
+    def page(self) -> Page:
+        """What `build_app` wired up."""
+        return self.demo.fns[self.fn_index("_stop")].fn.__self__
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model has nothing to do."""
+        return not self.page.worker.busy
 
     def fn_index(self, name: str) -> int:
         """Of an event, by the name of its function."""
@@ -43,18 +70,22 @@ class Server:
 
     def generate(self, prompt="a red ball", seed=7, fps=16, seconds=2, *options, session: str | None = None) -> list:
         """All values that a run gives to (video, status, file); raises what the visitor is told if it fails."""
+        return self.run(prompt, seed, fps, seconds, *(options or (False, False, False)), session=session)
+
+    def run(self, *data, name: str = "_generate", session: str | None = None) -> list:
+        """All values that an event gives one after the other; raises what the visitor is told if it fails."""
         session = session or uuid.uuid4().hex
-        answer = self.join(prompt, seed, fps, seconds, *(options or (False, False, False)), session=session)
+        answer = self.join(*data, session=session, name=name)
         assert answer.status_code == 200, answer.text
-        values, last = [], [None, None, None]
+        values, last = [], []
         for event in self.events(session):
             if event["msg"] == "process_generating":
                 last = merged(last, event["output"]["data"]) if values else event["output"]["data"]
                 values.append(list(last))
             elif event["msg"] == "process_completed":
                 if not event["success"]:
-                    raise Refused(event["output"]["error"], values)
-                return values
+                    raise Refused(event["output"].get("error"), values)
+                return values or [event["output"]["data"]]
         raise AssertionError("the stream of events ended before the run")
 
     def call(self, name: str, *data, session: str = "s") -> list:
@@ -92,10 +123,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def wait_until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)

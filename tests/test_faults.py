@@ -41,6 +41,7 @@ from pipeline.errors import NonFiniteOutput, OptionUnavailable, OutOfMemory, Sel
 from pipeline.mp4 import count_frames
 from pipeline.video import SegmentEncoder, join_segments
 from pipeline.worker import QUEUE_BLOCKS, ModelWorker, Run
+from tests.resources import resident_bytes
 from tests.scripted import SPEC, ScriptedPipeline
 from tests.small import write_model_folder
 from tests.waiting import wait_until
@@ -150,13 +151,6 @@ def raiser(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return act
-
-
-def resident_bytes() -> int:
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        pytest.skip("only Linux tells how much memory a program uses without another package")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def tensor_bytes() -> int:

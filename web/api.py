@@ -143,7 +143,7 @@ class Endpoints:
             fps: Playback rate; null takes the model's own.
 
         Returns:
-            The video as a stream (a client library gets it as one file) and the status in HTML.
+            The video, as a stream while it is made and as an MP4 file at the end, and the status in HTML.
         """
         page = self._page
         seconds = min(DEFAULT_SECONDS, page.max_seconds)
@@ -152,7 +152,8 @@ class Endpoints:
         page.streams.forget(session)
         try:
             for update in page.generator.run(checked, session):
-                yield shown(update)[:2]
+                video, status, _ = shown(update)
+                yield update.file or video, status
         except SelfForcingError as error:
             raise refusal(error) from error
 

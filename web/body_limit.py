@@ -9,23 +9,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 1_000_000
 """The longest prompt takes a hundredth of this."""
+MAX_UPLOAD_BYTES = 11_000_000
+"""One file of the largest size that Gradio takes (`max_file_size`). Of many files in one request it limits each."""
+_UPLOAD_ROUTE = "/gradio_api/upload"
 
 
 class BodyLimit:
     """ASGI middleware: answers 413 to a body of more than `MAX_BODY_BYTES`, whether or not it says its length.
 
-    File uploads pass: Gradio has a limit of its own for them (`max_file_size`).
+    For uploads of files it is `MAX_UPLOAD_BYTES`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/").endswith("/upload"):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Not just "/upload": an event could be called that, and takes as much JSON as it gets.
+        uploads = scope["path"].rstrip("/").endswith(_UPLOAD_ROUTE)
+        limit = MAX_UPLOAD_BYTES if uploads else MAX_BODY_BYTES
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        if not length.isdigit() or int(length) > limit:
             await _too_large(scope, receive, send)
             return
         received = 0
@@ -35,7 +41,7 @@ class BodyLimit:
             nonlocal received, exceeded
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES and not begun:
+            if received > limit and not begun:
                 exceeded = True
                 raise _TooLarge
             return message

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
 from pipeline.errors import InvalidRequest, SelfForcingError
 from web import status
@@ -43,3 +45,19 @@ def refusal(error: SelfForcingError) -> gr.Error:
     """An error as Gradio passes it on to whoever asked."""
     title = "This cannot be made" if isinstance(error, InvalidRequest) else "Error"
     return gr.Error(str(error), title=title, print_exception=False)
+
+
+def take_files_only(component: Block) -> None:
+    """Let nobody send anything but an uploaded file as the value of `component`.
+
+    Not a folder: Gradio notes down every path below its temporary folder that comes in, to remove it later, and stops
+    removing anything when that turns out to be a folder. And no address: Gradio would fetch whatever it leads to.
+    """
+    take = component.async_move_resource_to_block_cache
+
+    async def take_file(path: str | Path | None) -> str | None:
+        if path is not None and not Path(path).is_file():
+            raise gr.Error("A file is needed here.", print_exception=False)
+        return await take(path)
+
+    component.async_move_resource_to_block_cache = take_file

@@ -163,6 +163,8 @@ class Generator:
                     yield Update(state="buffering", meter=meter)
         except SelfForcingError as error:
             failure = error
+            if isinstance(error, VideoError):  # what fails in the model, the model thread has logged
+                logger.error("%s could not be encoded", run.id, exc_info=error)
             run.close()
         if ticket.abandoned:
             return
@@ -175,6 +177,7 @@ class Generator:
             try:
                 file = self._write(encoder, meter, recipe, session)
             except VideoError as error:
+                logger.error("%s could not be written", run.id, exc_info=error)
                 failure = failure or error
         if failure is not None:
             yield Update(state="failed", meter=meter, file=file, recipe=recipe, message=str(failure))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -13,18 +14,20 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from pipeline.config import SECONDS_RANGE, check_available
-from pipeline.errors import InvalidRequest, SelfForcingError
+from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
 from pipeline.recipe import read_recipe, request_from_recipe
 from pipeline.worker import ModelWorker
 from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
 from web.api import add_endpoints
 from web.body_limit import BodyLimit
-from web.events import Values, refusal, session_of, shown
+from web.events import Values, refusal, session_of, shown, take_files_only
 from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
-from web.storage import VideoStore
+from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,9 +83,12 @@ class Page:
         self.streams = StreamMemory(self.blocks)
         with self.blocks:
             self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]))
-            self.generator = Generator(worker, VideoStore(Path(self.ui.download.GRADIO_CACHE) / "videos"), max_seconds)
+            self.home = Path(self.ui.download.GRADIO_CACHE)
+            self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
             self._wire()
             add_endpoints(self)
+        for component in self.blocks.blocks.values():
+            take_files_only(component)
         self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
         self._fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
@@ -229,6 +235,9 @@ class Page:
         """Every setting of a video that was made here. The file itself is not kept."""
         if path is None:
             return tuple(gr.skip() for _ in range(len(self.ui.inputs) + 2))
+        # Gradio has checked it, but for what calls itself a stream at some address. It is about to be removed.
+        if not Path(path).resolve().is_relative_to(self.home.resolve()):
+            raise refusal(VideoError("A file is needed here."))
         try:
             recipe = read_recipe(path)
             restored = request_from_recipe(recipe)
@@ -273,8 +282,12 @@ class Page:
         """Files and segments go by age and by size, whether or not anybody comes."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            self.streams.sweep()
-            await asyncio.to_thread(self.generator.store.sweep)
+            try:
+                self.streams.sweep()
+                await asyncio.to_thread(self.generator.store.sweep)
+                await asyncio.to_thread(sweep_uploads, self.home)
+            except Exception:  # noqa: BLE001 - or one mishap would be the last sweep
+                logger.exception("Old files could not be removed")
 
 
 # Typing asks the server once it pauses. An older question that was overtaken never gets its answer, which is fine.

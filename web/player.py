@@ -20,18 +20,19 @@ from pipeline.video import Segment, join_segments
 
 
 def live_video(**settings: Any) -> gr.Video:
-    """A video output whose values are `Segment`s, played gaplessly one after the other as they come."""
+    """A video output whose values are `Segment`s, played gaplessly one after the other as they come.
+
+    Only a program's last value is the path of a finished file.
+    """
     video = gr.Video(streaming=True, autoplay=True, interactive=False, buttons=[], **settings)
 
     async def stream_output(
-        value: Segment | None, output_id: str, first_chunk: bool
+        value: Segment | str | None, output_id: str, first_chunk: bool
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        playlist = {
-            "path": output_id,
-            "is_stream": True,
-            "orig_name": "video-stream.mp4",
-            "meta": {"_type": "gradio.FileData"},
-        }
+        kind = {"meta": {"_type": "gradio.FileData"}}
+        if isinstance(value, str):  # the finished file, for programs: the playlist would be no use to them
+            return None, {"path": value, "orig_name": Path(value).name, **kind}
+        playlist = {"path": output_id, "is_stream": True, "orig_name": "video-stream.mp4", **kind}
         if value is None:
             return None, playlist
         return {"data": value.data, "duration": value.duration, "extension": ".ts"}, playlist

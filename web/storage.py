@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,11 @@ MAX_BYTES = 2_000_000_000
 GRACE_SECONDS = 2 * 60
 """How long the videos of a visitor who has left are kept: a phone that is locked for a moment leaves, too."""
 KEPT_PER_VISITOR = 3
+UPLOAD_BYTES = 200_000_000
+"""What all uploads together may take. They are read at once; Gradio keeps them, and the rests of broken off ones."""
+
+VIDEOS = "videos"
+"""Name of the folder with the videos made here, beside the uploads."""
 
 _LOCK_NAME = "in-use.lock"
 
@@ -86,25 +92,49 @@ class VideoStore:
 
     def sweep(self) -> None:
         """Remove what is too old, and the oldest of what is too much."""
-        found: list[tuple[float, int, Path]] = []
-        with suppress(OSError):
-            for folder in self.root.iterdir():
-                with suppress(OSError):  # it may be on its way out
-                    size = sum(file.stat().st_size for file in folder.iterdir())
-                    found.append((folder.stat().st_mtime, size, folder))
-        found.sort()
-        total = sum(size for _, size, _ in found)
-        oldest_allowed = time.time() - self.max_age
-        for modified, size, folder in found:
-            if modified >= oldest_allowed and total <= self.max_bytes:
-                break
-            total -= size
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # nothing was made yet
+            _remove_oldest(self.root.iterdir(), self.max_age, self.max_bytes)
         with self._lock:
             for session, folders in list(self._folders.items()):
                 folders[:] = [folder for folder in folders if folder.exists()]
                 if not folders:
                     del self._folders[session]
+
+
+def sweep_uploads(home: Path, max_age: float = MAX_AGE_SECONDS, max_bytes: int = UPLOAD_BYTES) -> None:
+    """Remove what visitors sent long ago, and the oldest of too much of it.
+
+    Args:
+        home: Where Gradio puts uploads. Nothing is done unless it is a `TemporaryHome`: Gradio's usual folder belongs
+            to all programs of the machine.
+    """
+    if (home / _LOCK_NAME).exists():
+        kept = (_LOCK_NAME, VIDEOS)
+        _remove_oldest((entry for entry in home.iterdir() if entry.name not in kept), max_age, max_bytes)
+
+
+def _remove_oldest(entries: Iterable[Path], max_age: float, max_bytes: int) -> None:
+    """Remove files and folders that are older than `max_age`, and the oldest ones until the rest is small enough."""
+    found: list[tuple[float, int, Path]] = []
+    for entry in entries:
+        with suppress(OSError):  # it may be on its way out
+            found.append((entry.stat().st_mtime, _size(entry), entry))
+    found.sort()
+    total = sum(size for _, size, _ in found)
+    oldest_allowed = time.time() - max_age
+    for modified, size, entry in found:
+        if modified >= oldest_allowed and total <= max_bytes:
+            break
+        total -= size
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):  # Windows does not remove what is being written
+                entry.unlink()
+
+
+def _size(entry: Path) -> int:
+    return sum(file.stat().st_size for file in entry.iterdir()) if entry.is_dir() else entry.stat().st_size
 
 
 class TemporaryHome:
