@@ -42,10 +42,12 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Job -> stage and what it changes. All that could depend on how a batch is cut is in one of them."""
 STEPS = 3
+CONTINUED = ("teacher", "dmd", "gan")
+"""Jobs that are continued as well: Muon, two trainees, three."""
 
 
 def run_job(name: str, world: Path, out: Path, precision: str) -> None:
-    """Three steps; after the second a checkpoint, from which the third is done once more in a fresh stage."""
+    """Three steps; for some, a checkpoint after the second, from which the third is done again in a fresh stage."""
     stage_name, changes = JOBS[name]
     if "vae" in changes:
         changes = changes | {"vae": str(world / changes["vae"])}
@@ -68,14 +70,16 @@ def run_job(name: str, world: Path, out: Path, precision: str) -> None:
         try:
             for step in range(STEPS):
                 stage.step(step)
-                if step == 1:
+                if step == 1 and name in CONTINUED:
                     save(stage, checkpoints, 2)
         finally:
             Trainee.step = record  # type: ignore[method-assign]
-        continued = STAGES[stage_name](settings, group)
-        assert resume(continued, checkpoints) == 2
-        continued.step(2)
-        result = {"gradients": gradients, "weights": weights(stage), "continued": weights(continued)}
+        result = {"gradients": gradients, "weights": weights(stage)}
+        if name in CONTINUED:
+            continued = STAGES[stage_name](settings, group)
+            assert resume(continued, checkpoints) == 2
+            continued.step(2)
+            result["continued"] = weights(continued)
         if group.leads:
             torch.save(result, out / f"{name}.pt")
 

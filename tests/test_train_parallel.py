@@ -68,7 +68,7 @@ def test_weights_after_steps_are_equal(results: dict[int, Path], job: str) -> No
     assert difference(one, two) < RELATIVE
 
 
-@pytest.mark.parametrize("job", parallel_worker.JOBS)
+@pytest.mark.parametrize("job", parallel_worker.CONTINUED)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_continued_run_ends_with_the_same_weights(results: dict[int, Path], job: str, count: int) -> None:
     straight, continued = (load(results, count, job, kind) for kind in ("weights", "continued"))
