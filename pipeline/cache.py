@@ -18,6 +18,7 @@ All bookkeeping is in Python integers: no index tensor is read back from the dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,9 +91,23 @@ class Advance:
 
 
 class LayerCache:
-    """Keys and values of one layer, [B, tokens, heads, head_dim]."""
+    """Keys and values of one layer, [B, tokens, heads, head_dim].
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, sink_base: torch.Tensor, block_tokens: int) -> None:
+    With `leaky`, gradients of later blocks reach the keys and values of the last call with gradients on each earlier
+    one, although the values seen are those of its clean pass: what the authors' code does by overwriting a buffer
+    that autograd remembers.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_base: torch.Tensor,
+        block_tokens: int,
+        leaky: bool = False,
+    ) -> None:
+        self.leaky = leaky
+        self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.key = key
         self.value = value
         self.sink_base = sink_base
@@ -115,19 +130,34 @@ class LayerCache:
 
     def _attend_current(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if key.requires_grad:
-            # The buffers will be overwritten by the clean pass long before the backward pass reads them. So a call
-            # with gradients leaves them alone; what it sees of earlier blocks is a copy without history, as the
-            # paper has it.
-            past = slice(self.block_tokens, self.visible_end)
-            keys, values = torch.cat([key, self.key[:, past]], 1), torch.cat([value, self.value[:, past]], 1)
-            return attention(query, keys, values)
+            return self.snapshot().attend(query, key, value)
         self.key[:, self.current_begin : self.block_tokens] = key
         self.value[:, self.current_begin : self.block_tokens] = value
         visible = slice(self.current_begin, self.visible_end)
         return attention(query, self.key[:, visible], self.value[:, visible])
 
+    def snapshot(self) -> LayerSnapshot:
+        """What a call with gradients attends to besides its own frames: a copy that later calls do not change."""
+        past = slice(self.block_tokens, self.visible_end)
+        key, value = self.key[:, past].clone(), self.value[:, past].clone()
+        for slot, (key_history, value_history) in self._history.items():
+            if slot >= self.block_tokens:
+                span = slice(slot - self.block_tokens, slot - self.block_tokens + key_history.shape[1])
+                key[:, span] = key[:, span] + key_history
+                value[:, span] = value[:, span] + value_history
+        return LayerSnapshot(key, value, self._remember if self.leaky else None)
+
+    def _remember(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        # Zeros with a past: added to the clean pass's values they leave these alone and lead gradients back.
+        self._history[self.current_begin] = key - key.detach(), value - value.detach()
+
+    def forget(self) -> None:
+        """Let go of a run's gradients."""
+        self._history.clear()
+
     def advance(self, step: Advance) -> None:
         """Move the current block to its lasting place and make room for the next one."""
+        self._advance_history(step)
         for source, destination, count in step.copies:
             self.key[:, destination : destination + count] = self.key[:, source : source + count]
             self.value[:, destination : destination + count] = self.value[:, source : source + count]
@@ -139,6 +169,33 @@ class LayerCache:
             self.key[:, begin:end] = moved
         self.current_begin, self.visible_end = step.current_begin, step.visible_end
         self.pending = None
+
+    def _advance_history(self, step: Advance) -> None:
+        current = self._history.pop(self.current_begin, None)
+        for source, destination, count in step.copies:
+            self._history.pop(destination, None)
+            if current is not None:
+                begin = source - self.current_begin
+                self._history[destination] = tuple(part[:, begin : begin + count] for part in current)
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """The finished blocks of one layer as a call with gradients sees them: without history, as the paper has it.
+
+    The call leaves the buffers alone: they are read by the backward pass, long after the clean pass wrote them anew.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    remember: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    """Told the call's keys and values, if later gradients shall reach them."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend to the call's own frames and all before them. Shapes [B, tokens, heads, head_dim]."""
+        if self.remember is not None:
+            self.remember(key, value)
+        return attention(query, torch.cat([key, self.key], 1), torch.cat([value, self.value], 1))
 
 
 class KVCache:
@@ -153,6 +210,7 @@ class KVCache:
         frame_tokens: tokens per latent frame.
         window: what is remembered.
         rotary: positions of the model's token grid.
+        leaky: see `LayerCache`; for training, with blocks that divide the window.
     """
 
     def __init__(
@@ -167,7 +225,10 @@ class KVCache:
         rotary: RotaryPositions,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        leaky: bool = False,
     ) -> None:
+        if leaky and window.positions == "relative" and window.sink_frames:
+            raise ValueError("a leaky cache cannot turn its sink's keys: positions must be 'absolute'")
         self.window = window
         self.batch = batch
         self.frame_tokens = frame_tokens
@@ -180,7 +241,11 @@ class KVCache:
         block_tokens = window.block_frames * frame_tokens
         self.layers = [
             LayerCache(
-                buffer(window.total_frames), buffer(window.total_frames), buffer(window.sink_frames), block_tokens
+                buffer(window.total_frames),
+                buffer(window.total_frames),
+                buffer(window.sink_frames),
+                block_tokens,
+                leaky,
             )
             for _ in range(num_layers)
         ]
@@ -197,6 +262,7 @@ class KVCache:
         for layer in self.layers:
             layer.current_begin = layer.visible_end = layer.block_tokens
             layer.pending = None
+            layer.forget()
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a model on this device and in this dtype can use the buffers."""

@@ -42,3 +42,15 @@ class DeadlineExceeded(SelfForcingError):
 
 class VideoError(SelfForcingError):
     """Frames could not be encoded or written (no encoder, disk full, bad file)."""
+
+
+class InvalidSettings(SelfForcingError, ValueError):
+    """A setting of a training stage is unknown or impossible. Raised before anything starts."""
+
+
+class TrainingDataError(SelfForcingError):
+    """A prompt file, video or data set cannot be trained on. Names the file."""
+
+
+class TrainingError(SelfForcingError):
+    """A training run cannot go on: a process ended, the disk is full, the loss is no number. Says what is saved."""

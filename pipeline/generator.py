@@ -21,8 +21,9 @@ from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
+from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
-from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, block_noise, denoise_block
+from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_noise
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
@@ -150,19 +151,15 @@ class SelfForcingPipeline:
         model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
-        # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
-        cache = self._fresh_cache(model)
         for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
             decoder.reset()
         decoder = self._decoders[request.taehv]
-        shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
-
-        finished: torch.Tensor | None = None
+        rollout = self._roll_out(model, text_kv, run)
         shown = 0
         for index in range(run.num_blocks):
             start = time.perf_counter()
             try:
-                latents = self._denoise(model, text_kv, cache, run.seed, index, shape, finished)
+                latents = next(rollout)
             except Exception as error:
                 if told := compile_failure(error):
                     raise told from error
@@ -184,7 +181,6 @@ class SelfForcingPipeline:
             if number != self._stream_number:
                 raise SelfForcingError("Another run was started on this model, which ended this one.")
             shown += len(frames)
-            finished = latents
 
     def warm_up(self) -> None:
         """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor."""
@@ -215,47 +211,24 @@ class SelfForcingPipeline:
         """Option -> one sentence why it cannot work here."""
         return unavailable_options(self.device, has_taehv=True in self._decoders)
 
-    def _denoise(
-        self,
-        model: CausalWanTransformer3DModel,
-        text_kv: TextKV,
-        cache: KVCache,
-        seed: int,
-        index: int,
-        shape: tuple[int, ...],
-        finished: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Make one block; `finished` is the block before it, which enters the cache on the way."""
-        frames = shape[1]
-        merged = finished is not None and self.merge_clean_pass
-        if finished is not None:
-            finished = self._as_context(finished, seed, index - 1)
-            if not merged:
-                times = torch.full((1, frames), self.spec.context_noise, device=model.device)
-                model(finished, times, text_kv, cache=cache)
-        cache.begin_block(frames, merged=merged)
+    def _roll_out(self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo) -> Iterator[torch.Tensor]:
+        """The run's blocks of latents [1, F, C, h, w]."""
+        shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
+        # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
+        cache = self._fresh_cache(model)
 
-        def predict_flow(latents: torch.Tensor, timestep: float, step: int) -> torch.Tensor:
-            checkpoint()
-            times = torch.full((1, frames), timestep, device=model.device)
-            if merged and step == 0:
-                both = torch.cat([finished, latents], dim=1)
-                times = torch.cat([torch.full_like(times, self.spec.context_noise), times], dim=1)
-                return model(both, times, text_kv, cache=cache)[:, frames:]
-            return model(latents, times, text_kv, cache=cache)
+        def call(latents: torch.Tensor, timestep: torch.Tensor, _block: int, step: int | None) -> torch.Tensor:
+            if step is not None:
+                checkpoint()
+            return model(latents, timestep, text_kv, cache=cache)
 
-        def noise(step: int) -> torch.Tensor:
-            return to_device(block_noise(seed, index, step, shape), model.device).to(model.dtype)
+        def noise(block: int, step: int) -> torch.Tensor:
+            return to_device(block_noise(run.seed, block, step, shape), model.device).to(model.dtype)
 
-        *_, latents = denoise_block(predict_flow, noise, self._steps)
-        return latents
-
-    def _as_context(self, latents: torch.Tensor, seed: int, index: int) -> torch.Tensor:
-        """A finished block as it is shown to later ones: as it is, or slightly noised if the model was trained so."""
-        if self.spec.context_noise == 0:
-            return latents
-        noise = block_noise(seed, index, len(self._steps), latents.shape).to(latents)
-        return add_noise(latents, noise, torch.tensor(self.spec.context_noise / TRAIN_STEPS))
+        level = self.spec.context_noise
+        context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS) if level else None)
+        merge = self.merge_clean_pass
+        return roll_out(call, cache, noise, self._steps, run.num_blocks, context, merge_clean_pass=merge)
 
     def _fresh_cache(self, model: CausalWanTransformer3DModel) -> KVCache:
         """The cache, emptied; a new one only if the transformer was loaded anew elsewhere or in another dtype."""

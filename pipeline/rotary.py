@@ -69,9 +69,10 @@ def rotary_positions(head_dim: int, rows: int, columns: int) -> RotaryPositions:
 
 
 def apply_rotary(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32; returned in x's dtype."""
+    """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32 or wider; in x's dtype."""
     cos, sin = rotation
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    real, imaginary = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 

@@ -66,11 +66,12 @@ class FlowSchedule:
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(1 - sigma) * clean + sigma * noise, in float32 whatever the inputs are; returned in noise's dtype.
+    """(1 - sigma) * clean + sigma * noise, in float32 at least; returned in noise's dtype.
 
     The conversion is explicit because a zero-dimensional sigma would not lift half-precision inputs by itself.
     """
-    return ((1 - sigma) * clean.float() + sigma * noise.float()).to(noise.dtype)
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    return ((1 - sigma) * clean.to(wide) + sigma * noise.to(wide)).to(noise.dtype)
 
 
 def flow_to_clean(flow: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

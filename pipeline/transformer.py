@@ -23,11 +23,15 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from pipeline.attention import attention
-from pipeline.cache import CacheWindow, KVCache, LayerCache
+from pipeline.cache import CacheWindow, KVCache, LayerCache, LayerSnapshot
 from pipeline.rotary import RotaryPositions, Rotation, apply_rotary, rotary_positions
 
 TextKV = list[tuple[torch.Tensor, torch.Tensor]]
 """Cross-attention keys (normalised) and values of every layer, each [B, text_len, heads, head_dim]."""
+
+
+TIME_EMBEDDING = -1
+"""Key under which a forward's `taps` ask for the time embedding."""
 
 
 class CausalWanBlock(WanTransformerBlock):
@@ -40,7 +44,7 @@ class CausalWanBlock(WanTransformerBlock):
         rotation: Rotation,
         text_key: torch.Tensor,
         text_value: torch.Tensor,
-        memory: LayerCache | None = None,
+        memory: LayerCache | LayerSnapshot | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Args:
@@ -152,6 +156,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         cache: KVCache | None = None,
         positions: Sequence[int] | None = None,
         mask: torch.Tensor | None = None,
+        taps: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Predict the flow (noise minus clean) of every frame.
 
@@ -161,7 +166,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             text_kv: from `encode_text`.
             cache: the rollout's memory; the call must be on the frames its `begin_block` announced.
             positions: frame positions for calls without cache; default 0..F-1.
-            mask: boolean [F * tokens, F * tokens] for calls without cache, see `frame_mask`.
+            mask: boolean [F * tokens, F * tokens] for calls without cache, see `masks.py`.
+            taps: its keys are layer numbers; each gets what leaves that layer, [B, F * tokens, C], as its value. The
+                key `TIME_EMBEDDING` gets the time embedding, [B, F, C].
 
         Returns:
             [B, F, C, h, w].
@@ -177,7 +184,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden = self._patchify(latents, rows, columns)
         for index, block in enumerate(self.blocks):
             memory = cache.layers[index] if cache is not None else None
-            hidden = block(hidden, time_modulation, rotation, *text_kv[index], memory, mask)
+            arguments = (hidden, time_modulation, rotation, *text_kv[index])
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The block runs again in the backward pass, when the cache has long gone on: it gets a copy.
+                past = memory.snapshot() if memory is not None else None
+                hidden = self._gradient_checkpointing_func(block, *arguments, past, mask)
+            else:
+                hidden = block(*arguments, memory, mask)
+            if taps is not None and index in taps:
+                taps[index] = hidden
+        if taps is not None and TIME_EMBEDDING in taps:
+            taps[TIME_EMBEDDING] = time_embedding
         if cache is not None:
             cache.end_call()
 
@@ -203,8 +220,21 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Rotary positions for latents of this size."""
         return rotary_positions(self.config.attention_head_dim, *self.token_grid(height, width))
 
-    def make_cache(self, window: CacheWindow, height: int, width: int, batch: int = 1) -> KVCache:
-        """A cache for rollouts of this latent size, on the model's device and in its dtype."""
+    def make_cache(
+        self,
+        window: CacheWindow,
+        height: int,
+        width: int,
+        batch: int = 1,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        leaky: bool = False,
+    ) -> KVCache:
+        """A cache for rollouts of this latent size; unless told otherwise, on the model's device and in its dtype.
+
+        A sharded model has to be told: its weights are at rest elsewhere, and in another dtype, than where it computes.
+        """
         rows, columns = self.token_grid(height, width)
         return KVCache(
             num_layers=len(self.blocks),
@@ -214,8 +244,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             head_dim=self.config.attention_head_dim,
             window=window,
             rotary=self.rotary(height, width),
-            device=self.device,
-            dtype=self.dtype,
+            device=device or self.device,
+            dtype=dtype or self.dtype,
+            leaky=leaky,
         )
 
     def _patchify(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -248,14 +279,3 @@ def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double().unsqueeze(-1) * 10000.0**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def frame_mask(visible: torch.Tensor, frame_tokens: int) -> torch.Tensor:
-    """Expand who-sees-whom by frame, boolean [F, F], to tokens, [F * tokens, F * tokens]."""
-    return visible.repeat_interleave(frame_tokens, 0).repeat_interleave(frame_tokens, 1)
-
-
-def block_causal(frames: int, block_frames: int) -> torch.Tensor:
-    """Boolean [F, F]: every frame sees its own block and all blocks before it."""
-    block = torch.arange(frames) // block_frames
-    return block[:, None] >= block[None, :]

@@ -734,7 +734,12 @@ def no_triton(pipe: SelfForcingPipeline, patch: pytest.MonkeyPatch, empty: Path)
 
 def broken_compiler(pipe: SelfForcingPipeline, patch: pytest.MonkeyPatch, empty: Path) -> None:
     patch.setattr(options, "_missing_for_compile", lambda device: None)
-    patch.setattr(type(pipe), "_denoise", raiser(InternalTorchDynamoError("no")))
+
+    def fail(*_: Any) -> Iterator[torch.Tensor]:
+        raise InternalTorchDynamoError("no")
+        yield
+
+    patch.setattr(type(pipe), "_roll_out", fail)
 
 
 UNAVAILABLE = [

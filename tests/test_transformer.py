@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from pipeline.cache import CacheWindow
-from pipeline.transformer import CausalWanTransformer3DModel, block_causal, frame_mask
+from pipeline.masks import block_causal, frame_mask
+from pipeline.transformer import CausalWanTransformer3DModel
 from tests.small import (
     HEIGHT,
     TEXT_DIM,

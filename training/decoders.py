@@ -185,7 +185,9 @@ class Trainer:
         self.adam.step()
         for parameter, flat in self.matrices:
             flat.grad = parameter.grad.flatten(1)
-        self.muon.step(self.config.matrix_rate * rate)
+        for group in self.muon.param_groups:
+            group["lr"] = self.config.matrix_rate * rate
+        self.muon.step()
         self.average.update()
         self.steps += 1
         self.part_steps += 1

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from pipeline.config import ModelSpec
+from pipeline.errors import SelfForcingError, WeightsError
 from pipeline.folder import INDEX_FILE, index_entries
-from training.captions import MAX_TOKENS
+from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
-from training.network import NetworkConfig, build_network
-from training.rollout import RolloutConfig
+from training.network import WEIGHTS_FILE, load_network, transformer_folder
+from training.settings import NetworkSettings, RolloutSettings
+from training.settings_file import build
 
 NAME = "Self-Forcing embedded"
 
 
-def embedded_spec(rollout: RolloutConfig, height: int, width: int, fps: int) -> ModelSpec:
+def embedded_spec(rollout: RolloutSettings, text_len: int, height: int, width: int, fps: int) -> ModelSpec:
     """What the model folder says about the model: the rollout it was trained with is the one it samples with."""
     return ModelSpec(
         name=NAME,
@@ -31,54 +35,57 @@ def embedded_spec(rollout: RolloutConfig, height: int, width: int, fps: int) -> 
         fps=fps,
         native_fps=fps,
         frames_per_block=rollout.block_frames,
-        text_len=MAX_TOKENS,
+        text_len=text_len,
         denoising_steps=rollout.denoising_steps,
         shift=rollout.shift,
         window_frames=rollout.window_frames,
         sink_frames=rollout.sink_frames,
-        positions=rollout.window.positions,
+        positions=rollout.positions,
         context_noise=rollout.context_noise,
     )
 
 
-def blended_weights(
-    checkpoint: Path, base: Path | None = None, share: float = 1.0
-) -> tuple[NetworkConfig, dict[str, torch.Tensor]]:
-    """Averaged weights of a checkpoint, or a straight line's point between those of `base` (0) and its own (1).
+def read_run(run: Path) -> tuple[RolloutSettings, int]:
+    """The rollout and the text length that a finished stage was trained with.
+
+    Raises:
+        WeightsError: the folder holds no finished stage with a rollout.
+    """
+    try:
+        settings = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
+        return build(RolloutSettings, settings["rollout"]), settings["text"]["length"]
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{run} holds no finished stage that rolls out clips: dmd, sid, gan or ode.") from error
+
+
+def blended_weights(run: Path, base: Path | None = None, share: float = 1.0) -> dict[str, torch.Tensor]:
+    """Weights of a finished stage, or a straight line's point between those of `base` (0) and its own (1).
 
     Distribution matching seeks modes: the longer it runs, the surer the subject and the less it moves. The network it
     started from moves well and is less sure. Weights between the two, which the short way from one to the other makes
     possible, have most of both.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    weights = state["average"]
+    weights = load_file(transformer_folder(str(run)) / WEIGHTS_FILE)
     if base is not None:
-        start = torch.load(base, map_location="cpu", weights_only=True)["average"]
+        start = load_file(transformer_folder(str(base)) / WEIGHTS_FILE)
         weights = {name: torch.lerp(start[name], value, share) for name, value in weights.items()}
-    return NetworkConfig(**state["config"]), weights
+    return weights
 
 
-def export(
-    checkpoint: Path,
-    data: Path,
-    out: Path,
-    rollout: RolloutConfig | None = None,
-    base: Path | None = None,
-    share: float = 1.0,
-) -> None:
+def export(run: Path, data: Path, out: Path, base: Path | None = None, share: float = 1.0) -> None:
     """Write the folder beside its place and move it there whole.
 
     Args:
-        checkpoint: of any stage; its averaged weights are taken, in half precision.
+        run: folder of a finished stage that rolls out clips; its weights are taken, in half precision.
         data: the data set's folder, with text/, vae/ and taehv/ in it.
         base, share: see `blended_weights`.
         out: the model folder; replaced if it exists, but for the files this stage does not write (its model card).
     """
-    config, weights = blended_weights(checkpoint, base, share)
-    network = build_network(config)
-    network.load_state_dict(weights)
+    rollout, text_len = read_run(run)
+    network = load_network(NetworkSettings(init=str(run)))
+    network.load_state_dict(blended_weights(run, base, share))
     info = ClipDataset(data).info
-    spec = embedded_spec(rollout or RolloutConfig(), info.height, info.width, info.fps)
+    spec = embedded_spec(rollout, text_len, info.height, info.width, info.fps)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         folder = Path(place)
@@ -98,16 +105,21 @@ def export(
             part.replace(target)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("training/cache/dmd/dmd.pt"))
+    parser.add_argument("--run", type=Path, default=Path("training/cache/dmd"))
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, default=Path("weights/embedded"))
-    parser.add_argument("--base", type=Path, default=Path("training/cache/base/base.pt"))
-    parser.add_argument("--share", type=float, default=0.6, help="1: the checkpoint itself; 0: the base")
+    parser.add_argument("--base", type=Path, default=Path("training/cache/base"))
+    parser.add_argument("--share", type=float, default=0.6, help="1: the stage itself; 0: the base")
     options = parser.parse_args(argv)
-    export(options.checkpoint, options.data, options.out, base=options.base, share=options.share)
+    try:
+        export(options.run, options.data, options.out, base=options.base, share=options.share)
+    except SelfForcingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

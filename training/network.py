@@ -1,48 +1,33 @@
-"""The embedded model's network and what every stage of its training shares: building, processes, checkpoints."""
+"""Networks and the text encoder of a run: from a folder of weights or fresh, and back into a folder."""
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from pipeline.errors import TrainingError, WeightsError
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel
-from training.captions import MAX_TOKENS
+from training.settings import NetworkSettings, NetworkSizes, TextSettings
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """Sizes of the small transformer, in the names of its class."""
-
-    num_attention_heads: int = 3
-    attention_head_dim: int = 64
-    ffn_dim: int = 768
-    num_layers: int = 8
-    freq_dim: int = 256
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 128
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def build_network(config: NetworkConfig, seed: int = 0) -> CausalWanTransformer3DModel:
+def build_network(sizes: NetworkSizes, seed: int = 0) -> CausalWanTransformer3DModel:
     """A fresh network. Residual branches start small and the output at zero, so that it begins as the identity."""
     torch.manual_seed(seed)
-    network = CausalWanTransformer3DModel(**asdict(config))
-    width, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    network = CausalWanTransformer3DModel(**asdict(sizes))
+    width, depth = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers
     branch_std = 0.3 / width**0.5 / depth**0.5
     for block in network.blocks:
         nn.init.normal_(block.attn1.to_out[0].weight, std=branch_std)
@@ -55,53 +40,105 @@ def build_network(config: NetworkConfig, seed: int = 0) -> CausalWanTransformer3
     return network
 
 
-def load_text_encoder(folder: Path) -> TextEncoder:
-    """The frozen text encoder written by `python -m training.text`."""
-    model = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
-    return TextEncoder(model, AutoTokenizer.from_pretrained(folder / "tokenizer"), MAX_TOKENS)
+def transformer_folder(folder: str) -> Path:
+    """The folder itself, or the `transformer/` in it.
 
-
-def matrices_and_rest(network: CausalWanTransformer3DModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The blocks' weight matrices, which Muon steps, and everything else."""
-    matrices = [p for name, p in network.blocks.named_parameters() if p.ndim == 2 and "scale_shift" not in name]
-    chosen = {id(p) for p in matrices}
-    return matrices, [p for p in network.parameters() if id(p) not in chosen]
-
-
-def run_processes(stage: Callable[..., None], processes: int, config: Any) -> None:
-    """Run `stage(rank, config)` in this process, or in several joined by gloo.
-
-    Two processes of one thread beat one of two at these sizes, and suffer less when something else wants a core.
+    Raises:
+        WeightsError: neither holds a transformer.
     """
-    if processes == 1:
-        stage(0, config)
-        return
-    if config.device != "cpu":
-        raise SystemExit(f"{processes} processes share the CPU; a stage on {config.device} takes --processes 1.")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_joined, args=(processes, port, stage, config), nprocs=processes)
+    for path in (Path(folder) / "transformer", Path(folder)):
+        if (path / "config.json").is_file():
+            return path
+    raise WeightsError(f"{folder} holds no transformer: it has neither a config.json nor a folder transformer/.")
 
 
-def _joined(rank: int, processes: int, port: int, stage: Callable[..., None], config: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
+def load_network(
+    settings: NetworkSettings, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> CausalWanTransformer3DModel:
+    """The network that the settings name, on the CPU.
+
+    Raises:
+        WeightsError: there is none, or it is damaged or of another kind.
+    """
+    if settings.sizes is not None:
+        network = build_network(settings.sizes, seed)
+        return network if dtype == torch.float32 else network.to(dtype)
+    folder = transformer_folder(settings.init)
     try:
-        stage(rank, config)
-    finally:
-        dist.destroy_process_group()
+        network, report = CausalWanTransformer3DModel.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"The transformer in {folder} is damaged or of another kind: {error}.") from error
+    problems = [*report.get("missing_keys", ()), *report.get("unexpected_keys", ())]
+    if problems:
+        raise WeightsError(f"The transformer in {folder} does not fit its config (first: {problems[0]}).")
+    return network
 
 
-def agree(value: float) -> float:
-    """Rank 0's value on every process."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor([value], dtype=torch.float64)
-    dist.broadcast(shared, 0)
-    return shared.item()
+def network_config(settings: NetworkSettings) -> dict[str, Any]:
+    """The network's config without loading it, for checks before anything starts."""
+    if settings.sizes is not None:
+        return asdict(settings.sizes)
+    folder = transformer_folder(settings.init)
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"The config.json in {folder} is damaged.") from error
+
+
+def save_network(config: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a diffusers folder beside its place and move it there whole.
+
+    Args:
+        config: a network of this shape; its weights are not looked at.
+        weights: by name, whole, on the CPU.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        # A sharded network has a class of torch's making; the file must name the one that loads it.
+        plain = json.loads(config.to_json_string()) | {"_class_name": CausalWanTransformer3DModel.__name__}
+        (partial / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in weights.items()}, partial / WEIGHTS_FILE)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"The weights could not be written to {folder}: {error}.") from error
+
+
+def load_text_encoder(settings: TextSettings, device: torch.device | str = "cpu") -> TextEncoder:
+    """The frozen text encoder.
+
+    Raises:
+        WeightsError: the folder holds none.
+    """
+    folder = Path(settings.folder)
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise WeightsError(f"{folder} holds no text encoder: it has no folder {part}/.")
+    try:
+        model = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"The text encoder in {folder} is damaged: {error}.") from error
+    return TextEncoder(model.to("cpu" if settings.device == "cpu" else device), tokenizer, settings.length)
+
+
+def load_vae(folder: str, device: torch.device | str = "cpu") -> AutoencoderKLWan:
+    """The Wan VAE in a folder, frozen, in float32.
+
+    Raises:
+        WeightsError: the folder holds none.
+    """
+    try:
+        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{folder} holds no Wan VAE: {error}.") from error
+    return vae.eval().requires_grad_(False).to(device)
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -110,21 +147,3 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
-
-
-class StageClock:
-    """How far a stage has come in its budget of minutes, over all the runs it took."""
-
-    def __init__(self, minutes: float, spent: float = 0.0) -> None:
-        self.minutes = minutes
-        self._spent = spent
-        self._started = time.monotonic()
-
-    @property
-    def spent(self) -> float:
-        """Minutes used so far."""
-        return self._spent + (time.monotonic() - self._started) / 60
-
-    def progress(self) -> float:
-        """0 at the beginning, 1 when the budget is used up; the same on every process."""
-        return agree(min(1.0, self.spent / self.minutes))

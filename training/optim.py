@@ -1,18 +1,34 @@
-"""Optimisation for small models on few cores: Muon for matrices, AdamW for the rest, an average of the weights."""
+"""Optimisation: Muon for matrices, an average of the weights, and a network with everything that moves it.
+
+All of it works on whole tensors and on sharded ones (`DTensor`) alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline.errors import NonFiniteOutput
+from training.parallel import gather_again, local, whole
+from training.settings import OptimizerSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that drives all singular values towards one (K. Jordan's Muon)."""
 
 
-def orthogonalise(gradients: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+def orthogonalise(gradients: Tensor, iterations: int = 5) -> Tensor:
     """Replace each matrix [N, rows, columns] by an approximation of its nearest orthogonal one."""
     a, b, c = NEWTON_SCHULZ
     x = gradients.bfloat16()
@@ -25,36 +41,42 @@ def orthogonalise(gradients: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return (x if wide else x.mT).float()
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape are stepped together: one batched product instead of dozens.
 
-    torch has a Muon of its own since 2.9; this one also runs on 2.8 and, batched, takes a third of its time here.
+    torch has a Muon of its own since 2.9; this one also runs on 2.8, takes a third of its time here, and steps sharded
+    matrices, which it gathers for the product.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95) -> None:
-        self.momentum = momentum
-        self._groups: dict[torch.Size, list[nn.Parameter]] = {}
-        for matrix in matrices:
-            self._groups.setdefault(matrix.shape, []).append(matrix)
-        self._velocity = {
-            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self._groups.items()
-        }
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float = 1e-2, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        for shape, group in self._groups.items():
-            gradient = torch.stack([matrix.grad for matrix in group])
-            velocity = self._velocity[shape].lerp_(gradient, 1 - self.momentum)
-            update = orthogonalise(gradient.lerp(velocity, self.momentum)) * max(1, shape[0] / shape[1]) ** 0.5
-            for matrix, change in zip(group, update.unbind(), strict=True):
-                matrix.add_(change, alpha=-rate)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape].append(matrix)
+            for shape, matrices in alike.items():
+                updates = torch.stack([whole(self._momentum(matrix, group["momentum"])) for matrix in matrices])
+                updates = orthogonalise(updates) * max(1, shape[0] / shape[1]) ** 0.5
+                for matrix, update in zip(matrices, updates.to(matrices[0].dtype).unbind(), strict=True):
+                    local(matrix).add_(_like(update, matrix), alpha=-group["lr"])
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {str(tuple(shape)): velocity for shape, velocity in self._velocity.items()}
+    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["velocity"] = torch.zeros_like(matrix)
+        velocity = state["velocity"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(velocity, momentum)
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for shape, velocity in self._velocity.items():
-            velocity.copy_(state[str(tuple(shape))])
+
+def _like(update: Tensor, matrix: Tensor) -> Tensor:
+    """This process's part of an update that every process has whole."""
+    if not isinstance(matrix, DTensor):
+        return update
+    return distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None).to_local()
 
 
 class WeightAverage:
@@ -70,48 +92,135 @@ class WeightAverage:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        averages = [local(average) for average in self.average]
+        torch._foreach_lerp_(averages, [local(parameter.detach()) for parameter in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew at the present weights."""
+        self.steps = 0
+        self.copy_from(self.parameters)
+
+    @torch.no_grad()
+    def copy_from(self, parameters: Sequence[Tensor]) -> None:
+        for parameter, average in zip(parameters, self.average, strict=True):
+            local(average).copy_(local(parameter.detach()))
 
     @torch.no_grad()
     def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter, average in zip(parameters, self.average, strict=True):
-            parameter.copy_(average)
+            local(parameter.detach()).copy_(local(average))
 
 
-class MixedPrecision:
-    """A bfloat16 working copy of a float32 model: forward and backward on the copy, steps on the master.
+def matrices_and_rest(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The blocks' weight matrices, which Muon steps, and everything else."""
+    matrices = [
+        parameter
+        for name, parameter in network.named_parameters()
+        if name.startswith("blocks.") and parameter.ndim == 2 and "scale_shift" not in name
+    ]
+    chosen = {id(parameter) for parameter in matrices}
+    return matrices, [parameter for parameter in network.parameters() if id(parameter) not in chosen]
 
-    The authors' network is bfloat16 throughout, so this is its own arithmetic; autocast would convert weights and
-    activations back and forth at every layer.
+
+class Trainee:
+    """A sharded network that learns, its optimisers and its average.
+
+    Args:
+        network: sharded already: optimisers must see the shards.
+        settings: how it moves.
+        steps: of the whole run, for the schedule.
     """
 
-    def __init__(self, master: nn.Module, worker: nn.Module) -> None:
-        self.master_parameters = list(master.parameters())
-        self.worker_parameters = list(worker.parameters())
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the master's weights into the working copy."""
-        torch._foreach_copy_(self.worker_parameters, self.master_parameters)
-
-    @torch.no_grad()
-    def reduce_gradients(self, clip: float) -> float:
-        """Average the copy's gradients over all processes into the master's, clipped. Returns the unclipped norm."""
-        flat = torch.cat(
-            [
-                (p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float()
-                for p in self.worker_parameters
-            ]
+    def __init__(self, network: nn.Module, settings: OptimizerSettings, steps: int) -> None:
+        self.network = network
+        self.settings = settings
+        self.steps = steps
+        self.optimizers: list[torch.optim.Optimizer] = []
+        rest = list(network.parameters())
+        if settings.kind == "muon":
+            matrices, rest = matrices_and_rest(network)
+            self.optimizers.append(Muon(matrices, settings.matrix_rate))
+        self.optimizers.append(
+            torch.optim.AdamW(
+                rest, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            )
         )
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-        norm = flat.norm().item()
-        flat *= min(1.0, clip / (norm + 1e-6))
-        parts = flat.split([p.numel() for p in self.master_parameters])
-        for parameter, part in zip(self.master_parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        for parameter in self.worker_parameters:
-            parameter.grad = None
+        self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        parameters = list(network.parameters())
+        self.average = WeightAverage(parameters, settings.average_decay) if settings.average_decay else None
+
+    def step(self, step: int) -> float:
+        """Clip, move the weights by their gradients, and let the average follow. Returns the norm before clipping.
+
+        Raises:
+            NonFiniteOutput: the gradient is no number; the weights are untouched.
+        """
+        settings = self.settings
+        for parameter in self.network.parameters():
+            if parameter.grad is None:  # what no loss reaches has an optimiser state, too: checkpoints expect one
+                parameter.grad = torch.zeros_like(parameter)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)).item()
+        if not norm < float("inf"):
+            raise NonFiniteOutput(
+                f"The gradient became {norm} in step {step + 1}. Lower the rate, or look at the data."
+            )
+        scale = settings.scale(step, self.steps)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate * scale
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.forget_gradients()
+        if self.average is not None:
+            if step >= settings.average_from:
+                self.average.update()
+            else:
+                self.average.restart()
         return norm
+
+    def forget_gradients(self) -> None:
+        for parameter in self.network.parameters():
+            parameter.grad = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with its averaged weights, inside the `with`."""
+        if self.average is None:
+            yield self.network
+            return
+        parameters = self.average.parameters
+        kept = [local(parameter.detach()).clone() for parameter in parameters]
+        self.average.copy_to(parameters)
+        gather_again(self.network)
+        try:
+            yield self.network
+        finally:
+            for parameter, values in zip(parameters, kept, strict=True):
+                local(parameter.detach()).copy_(values)
+            gather_again(self.network)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The whole averaged weights (without an average: the weights), on the CPU. Every process must ask for them."""
+        return {name: whole(value.detach()).cpu() for name, value in self._averages().items()}
+
+    def _averages(self) -> dict[str, Tensor]:
+        named = dict(self.network.named_parameters())
+        return named if self.average is None else dict(zip(named, self.average.average, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continued run needs, sharded as it is."""
+        state: dict[str, Any] = {
+            "weights": get_model_state_dict(self.network),
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizers),
+        }
+        if self.average is not None:
+            state |= {"average": self._averages(), "average_steps": torch.tensor(self.average.steps)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.network, state["weights"])
+        set_optimizer_state_dict(self.network, self.optimizers, state["optimizer"])
+        if self.average is not None:
+            self.average.copy_from(list(state["average"].values()))
+            self.average.steps = int(state["average_steps"])

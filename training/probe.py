@@ -99,9 +99,7 @@ class AttributeProbe(nn.Module):
 
     def forward(self, frames: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Frames [N, 3, H, W] in 0..1 -> logits [N, values] by attribute, and subject coverage logits [N, H/8, W/8]."""
-        x = self.stem(frames * 4.0 - 2.0)
-        for block in self.blocks:
-            x = x + functional.gelu(block(x))
+        x = self._trunk(frames)
         cover = self.cover(x)[:, 0]
         weight = torch.sigmoid(cover)[:, None]
         everywhere = x.mean(dim=(2, 3))
@@ -111,6 +109,18 @@ class AttributeProbe(nn.Module):
         )  # the maximum keeps small parts, like a basket
         pooled = {name: subject if name in _OF_SUBJECT else everywhere for name in READ}
         return {name: head(pooled[name]) for name, head in self.heads.items()}, cover
+
+    def _trunk(self, frames: Tensor) -> Tensor:
+        x = self.stem(frames * 4.0 - 2.0)
+        for block in self.blocks:
+            x = x + functional.gelu(block(x))
+        return x
+
+    @torch.no_grad()
+    def features(self, frames: Array) -> Array:
+        """What is in frames uint8 [T, H, W, 3] before anything is read from it: its mean and spread, [T, 2 C]."""
+        x = self._trunk(self._prepare(frames))
+        return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1).numpy()
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

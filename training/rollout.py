@@ -1,131 +1,159 @@
-"""Self-Forcing's rollout: a clip made block by block on the model's own outputs, with gradients through one step.
+"""Self-Forcing's rollout: clips made block by block on the model's own outputs, with gradients through one step.
 
-The sampler, the cache and the network are those of inference. What differs: many clips at once, a random exit step
-instead of the last one, and gradients in that step for the blocks that will be scored.
+Loop, sampler, cache and network are those of inference (`pipeline.rollout`). What training adds: batches, a random
+exit step instead of the last one, gradients in that step for the blocks that will be scored, and prompts that change
+on the way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.cache import CacheWindow, KVCache
-from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, add_noise, denoise_block
-from pipeline.transformer import CausalWanTransformer3DModel, TextKV
+from pipeline.cache import KVCache
+from pipeline.rollout import ContextNoise, roll_out
+from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule
+from pipeline.transformer import CausalWanTransformer3DModel
+from training.draws import Draws
+from training.settings import RolloutSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How the student samples; the same values go into the model's `model_index.json`."""
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What is random about a rollout, the same for all clips of a step and on every process."""
 
-    block_frames: int = 3
-    window_frames: int = 9
-    sink_frames: int = 3
-    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    shift: float = 3.0
-    context_noise: float = 100.0
-    """Level, 0..1000, at which finished blocks are written into the cache; noise of that level is added to them."""
+    num_blocks: int
+    exit_steps: tuple[int, ...]
+    """Per block, the step whose clean estimate is the result."""
+    switch_block: int | None = None
+    """First block that follows the second prompt."""
 
-    @property
-    def window(self) -> CacheWindow:
-        return CacheWindow(self.block_frames, self.window_frames, self.sink_frames, "relative")
+    @classmethod
+    def full(cls, settings: RolloutSettings) -> RolloutPlan:
+        """A clip as long as the scored window with all steps, as inference makes it."""
+        return cls(settings.num_blocks, (len(settings.denoising_steps) - 1,) * settings.num_blocks)
 
-    @property
-    def steps(self) -> DenoisingSteps:
-        return DenoisingSteps.from_schedule(FlowSchedule(self.shift), self.denoising_steps)
+    @classmethod
+    def draw(cls, settings: RolloutSettings, draws: Draws, purpose: str) -> RolloutPlan:
+        """A plan of the length, exit steps and prompt switch that the settings allow."""
+        rng = draws.shared(f"{purpose}/plan")
+        long = rng.random() < settings.long_share
+        low, high = settings.long_blocks if long else (settings.num_blocks, settings.num_blocks)
+        num_blocks = int(rng.integers(low, high + 1))
+        last = len(settings.denoising_steps) - 1
+        steps = [last if settings.last_step_only else int(rng.integers(last + 1)) for _ in range(num_blocks)]
+        if not settings.exit_per_block:
+            steps = [steps[0]] * num_blocks
+        switch = None
+        if num_blocks > 1 and rng.random() < settings.switch_share:
+            # Within the scored window, so that something of the new prompt is learnt.
+            first = max(1, num_blocks - settings.num_blocks + 1)
+            switch = int(rng.integers(first, num_blocks))
+        return cls(num_blocks, tuple(steps), switch)
 
 
 class Rollout:
-    """Rolls out clips of one latent size in batches.
+    """Rolls out batches of clips of one latent size.
 
     Args:
-        network: generator; its dtype and device are used throughout.
-        config: how it samples.
+        network: generator, sharded or not.
+        settings: how it samples.
         shape: (C, h, w) of a latent frame.
+        device, dtype: where and in what the network computes.
     """
 
     def __init__(
-        self, network: CausalWanTransformer3DModel, config: RolloutConfig, shape: tuple[int, int, int]
+        self,
+        network: CausalWanTransformer3DModel,
+        settings: RolloutSettings,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.network = network
-        self.config = config
+        self.settings = settings
         self.shape = shape
-        self.steps = config.steps
+        self.device = device
+        self.dtype = dtype
+        self.schedule = FlowSchedule(settings.shift)
+        self.steps = DenoisingSteps.from_schedule(self.schedule, settings.denoising_steps)
         self._cache: KVCache | None = None
 
     def __call__(
         self,
-        text_kv: TextKV,
-        num_blocks: int,
+        prompts: Sequence[torch.Tensor],
+        plan: RolloutPlan,
+        noise: Callable[[int, int], torch.Tensor],
         *,
-        exit_step: int | None = None,
-        gradient_blocks: int = 0,
-        guidance: float = 1.0,
-        empty_kv: TextKV | None = None,
+        gradients: bool,
     ) -> torch.Tensor:
         """Make clips [B, num_blocks * block_frames, C, h, w].
 
         Args:
-            text_kv: of the prompts.
-            exit_step: the step whose clean estimate is the result, for every block; None for the last.
-            gradient_blocks: so many blocks at the end get gradients through their exit step.
-            guidance: > 1 sharpens towards the prompt by `empty_kv`; for sampling from an undistilled network.
+            prompts: embeddings [B, text_len, text_dim] of the prompts and, for a switch, of those that follow.
+            noise: (block, step) -> [B, block_frames, C, h, w]; step `len(steps)` is that of the block's clean pass.
+            gradients: whether the exit step of the blocks in the last `gradient_frames` frames is recorded.
         """
-        config, network = self.config, self.network
-        batch = text_kv[0][0].shape[0]
-        last_step = len(self.steps) - 1 if exit_step is None else exit_step
-        guided = guidance != 1.0 and empty_kv is not None
-        if guided:
-            text_kv = [
-                (torch.cat([key, k.expand_as(key)]), torch.cat([value, v.expand_as(value)]))
-                for (key, value), (k, v) in zip(text_kv, empty_kv, strict=True)
-            ]
-        cache = self._fresh_cache(2 * batch if guided else batch)
-        frames = (batch, config.block_frames, *self.shape)
-        blocks: list[torch.Tensor] = []
+        settings = self.settings
+        first_scored = plan.num_blocks * settings.block_frames - settings.recorded_frames
+        with torch.set_grad_enabled(gradients):
+            texts = [self.network.encode_text(embeds.to(self.dtype)) for embeds in prompts]
+        cache = self._fresh_cache(len(prompts[0]))
 
-        def call(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-            times = latents.new_full(latents.shape[:2], timestep, dtype=torch.float32)
-            if not guided:
-                return network(latents, times, text_kv, cache=cache)
-            flow = network(torch.cat([latents, latents]), torch.cat([times, times]), text_kv, cache=cache)
-            with_text, without = flow.chunk(2)
-            return without + guidance * (with_text - without)
+        def recorded(block: int, step: int | None) -> bool:
+            return gradients and step == plan.exit_steps[block] and block * settings.block_frames >= first_scored
 
-        for index in range(num_blocks):
-            cache.begin_block(config.block_frames)
-            scored = index >= num_blocks - gradient_blocks
+        def draw(block: int, step: int) -> torch.Tensor:
+            return noise(block, step) if recorded(block, step) else noise(block, step).detach()
 
-            def predict(latents: torch.Tensor, timestep: float, step: int, scored: bool = scored) -> torch.Tensor:
-                with torch.set_grad_enabled(scored and step == last_step):
-                    return call(latents, timestep)
+        def call(latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
+            text = texts[plan.switch_block is not None and block >= plan.switch_block]
+            with torch.set_grad_enabled(recorded(block, step)):
+                return self.network(latents.to(self.dtype), timestep, text, cache=cache)
 
-            def noise(_step: int) -> torch.Tensor:
-                return torch.randn(frames, device=network.device, dtype=network.dtype)
+        blocks = roll_out(
+            call,
+            cache,
+            draw,
+            self.steps,
+            plan.num_blocks,
+            self._context(),
+            exit_step=plan.exit_steps.__getitem__,
+        )
+        with torch.set_grad_enabled(gradients):
+            return torch.cat(list(blocks), dim=1)
 
-            *_, clean = denoise_block(predict, noise, self.steps, last_step)
-            blocks.append(clean)
-            if index < num_blocks - 1:
-                with torch.no_grad():
-                    context = clean.detach()
-                    if config.context_noise:
-                        sigma = torch.tensor(config.context_noise / TRAIN_STEPS)
-                        context = add_noise(context, torch.randn_like(context), sigma)
-                    call(context, config.context_noise)
-        return torch.cat(blocks, dim=1)
+    def draw(
+        self, prompts: Sequence[torch.Tensor], plan: RolloutPlan, draws: Draws, purpose: str, *, gradients: bool
+    ) -> torch.Tensor:
+        """The same on noise that belongs to a training step."""
+        shape = (self.settings.block_frames, *self.shape)
+
+        def noise(block: int, step: int) -> torch.Tensor:
+            return draws.normal(f"{purpose}/{block}/{step}", shape, self.device, self.dtype)
+
+        return self(prompts, plan, noise, gradients=gradients)
+
+    def _context(self) -> ContextNoise:
+        settings = self.settings
+        level = settings.context_noise
+        if settings.context_sigma == "table":
+            return ContextNoise(level, self.schedule.sigma(torch.tensor(level)))
+        return ContextNoise(level, torch.tensor(level / TRAIN_STEPS) if level else None)
 
     def _fresh_cache(self, batch: int) -> KVCache:
         if self._cache is None or self._cache.batch != batch:
             _, height, width = self.shape
-            self._cache = self.network.make_cache(self.config.window, height, width, batch)
+            self._cache = self.network.make_cache(
+                self.settings.window,
+                height,
+                width,
+                batch,
+                device=self.device,
+                dtype=self.dtype,
+                leaky=self.settings.cache_gradients == "leaky",
+            )
         self._cache.reset()
         return self._cache
-
-
-def last_window(latents: torch.Tensor, config: RolloutConfig) -> torch.Tensor:
-    """The frames that the last block of a rollout could see, in the order of their positions: sink, recent, current."""
-    if latents.shape[1] <= config.window_frames:
-        return latents
-    recent = config.window_frames - config.sink_frames
-    return torch.cat([latents[:, : config.sink_frames], latents[:, -recent:]], dim=1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.parity import decoders, rollout, scheduler
+from tests.parity import decoders, forward, gradients, losses, rollout, scheduler
 from tests.parity.report import Row
 
-CASES = scheduler.CASES | rollout.CASES | decoders.CASES
+CASES = scheduler.CASES | rollout.CASES | forward.CASES | losses.CASES | decoders.CASES | gradients.CASES
 
 
 def check_file(path: Path) -> list[Row]:

@@ -1,0 +1,223 @@
+"""Every stage and every loss end to end through the command, and what the last one leaves streams."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline import GenerationRequest, SelfForcingPipeline
+from pipeline.errors import InvalidSettings
+from tests.training_world import make_world, stage_settings
+from training import export
+from training.__main__ import main
+from training.draws import Draws
+from training.flow import CausalStage
+from training.network import WEIGHTS_FILE
+from training.parallel import processes
+from training.settings_file import as_plain
+from training.stages import STAGES, run_stage
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = make_world(tmp_path_factory.mktemp("stages") / "world")
+    assert run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "pairs")) == 3
+    return world
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / WEIGHTS_FILE)
+
+
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "teacher": ("teacher", {"run__sheet_every": 3, "run__sheet_clips": 1, "run__decoder": "vae"}),
+    "teacher forcing": ("causal", {"forcing": "teacher", "context_level": 0.1}),
+    "diffusion forcing": (
+        "causal",
+        {"lengths": [1, 3], "shifts": [1.0, 2.0], "curriculum": [[0, 0.5, 0.5, 0], [0.5, 0, 0.5, 0.5]]},
+    ),
+    "one frame alone": ("causal", {"first_frame": True, "clips__frames": 7, "window_frames": 4}),
+    "ode": ("ode", {}),
+    "dmd": ("dmd", {"run__sheet_every": 2, "run__sheet_clips": 2, "run__decoder": "vae"}),
+    "dmd in bfloat16": ("dmd", {"run__precision": "bfloat16", "score__fake_guidance": 1.5}),
+    "dmd, leaky": ("dmd", {"rollout__cache_gradients": "leaky", "rollout__positions": "absolute"}),
+    "dmd, long": ("dmd", {"rollout__long_share": 1.0, "rollout__long_blocks": [3, 4], "vae": "vae"}),
+    "dmd, sink": (
+        "dmd",
+        {
+            "rollout__num_blocks": 3,
+            "rollout__window_frames": 9,
+            "rollout__sink_frames": 3,
+            "rollout__long_share": 1.0,
+            "rollout__long_blocks": [4, 5],
+            "rollout__long_window": "sink",
+            "rollout__switch_share": 1.0,
+            "score__attention": "causal",
+        },
+    ),
+    "sid": ("sid", {"alpha": 1.2}),
+    "gan": ("gan", {}),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_stage_trains_and_hands_on_its_weights(world: Path, tmp_path: Path, job: str) -> None:
+    name, changes = JOBS[job]
+    changes = {key: str(world / "vae") if value == "vae" else value for key, value in changes.items()}
+    out = tmp_path / "out"
+    settings = stage_settings(name, world, out, run__batch=2, **changes)
+    assert run_stage(name, settings) == 3
+    before, after = weights(world), weights(out)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(value.isfinite().all() for value in after.values())
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert any(tag.endswith("loss") or "loss/" in tag for tag in tags["scalars"])
+    assert tags["images"] == (["samples"] if settings.run.sheet_every else [])
+
+
+def test_command_line_chain_ends_in_a_model_that_streams(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ODE start, then DMD from it, then a model folder; a second start of a finished stage changes nothing."""
+    for name, start in (("ode", world), ("dmd", tmp_path / "ode")):
+        plain = as_plain(stage_settings(name, world, tmp_path / name, network={"init": str(start)}))
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(plain))
+        assert main([name, str(path), "run.steps=2"]) == 0
+    finished = weights(tmp_path / "dmd")
+    config = json.loads((tmp_path / "dmd" / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "CausalWanTransformer3DModel"
+    assert json.loads((tmp_path / "dmd" / "settings.json").read_text())["stage"] == "dmd"
+    assert main(["dmd", str(tmp_path / "dmd.json"), "run.steps=2"]) == 0
+    assert all(torch.equal(value, finished[key]) for key, value in weights(tmp_path / "dmd").items())
+    assert main(["dmd", str(tmp_path / "dmd.json"), "optimizer.rat=1"]) == 2
+    assert "did you mean optimizer.rate?" in capsys.readouterr().err
+
+    arguments = ["--run", str(tmp_path / "dmd"), "--data", str(world), "--base", str(tmp_path / "ode")]
+    assert export.main([*arguments, "--out", str(tmp_path / "model"), "--share", "0.5"]) == 0
+    pipeline = SelfForcingPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    spec = pipeline.spec
+    assert (spec.height, spec.width, spec.denoising_steps, spec.window_frames) == (16, 32, (1000.0, 500.0), 6)
+    video = pipeline.generate(GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seconds=2))
+    assert video.frames.shape == (33, 16, 32, 3)
+    blended = load_file(tmp_path / "model" / "transformer" / WEIGHTS_FILE)
+    start = weights(tmp_path / "ode")
+    key = "proj_out.weight"
+    torch.testing.assert_close(blended[key].float(), (start[key] + finished[key]) / 2, atol=2e-3, rtol=0)
+    assert export.main([*arguments[:1], str(world), *arguments[2:], "--out", str(tmp_path / "none")]) == 2
+    assert "holds no finished stage that rolls out clips" in capsys.readouterr().err
+
+
+def test_a_stage_stops_when_its_time_is_over_and_goes_on(world: Path, tmp_path: Path) -> None:
+    changes = {"run__steps": 4, "run__minutes": 1e-6}
+    assert run_stage("teacher", stage_settings("teacher", world, tmp_path, **changes)) == 1
+    assert run_stage("teacher", stage_settings("teacher", world, tmp_path, **changes)) == 2
+    assert run_stage("teacher", stage_settings("teacher", world, tmp_path, run__steps=4)) == 4
+
+
+@pytest.mark.parametrize("name", ["teacher", "ode"])
+def test_regression_stages_learn(world: Path, tmp_path: Path, name: str) -> None:
+    """The same batch over and over: its loss falls."""
+    settings = stage_settings(name, world, tmp_path, run__steps=60, optimizer__betas=[0.9, 0.99])
+    with processes(settings.run) as group:
+        stage = STAGES[name](settings, group)
+        losses = []
+        for step in range(25):
+            part = stage.parts(0)[0]
+            value = stage.loss(part) if name == "ode" else stage.loss(stage.clips.draw(part, 6), part, 1.0, 0.0)
+            value.backward()
+            stage.trainees["generator"].step(step)
+            losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_generator_moves_every_kth_step_after_the_warm_up(world: Path, tmp_path: Path) -> None:
+    settings = stage_settings("sid", world, tmp_path, generator_every=2, critic_warmup=3)
+    with processes(settings.run) as group:
+        stage = STAGES["sid"](settings, group)
+        moved = ["generator/loss" in stage.step(step) for step in range(5)]
+    assert moved == [False, False, False, False, True]
+
+
+def test_gan_leaves_the_critic_alone_in_the_generators_step(world: Path, tmp_path: Path) -> None:
+    settings = stage_settings("gan", world, tmp_path)
+    with processes(settings.run) as group:
+        stage = STAGES["gan"](settings, group)
+        before = {key: value.clone() for key, value in stage.trainees["critic"].averaged_weights().items()}
+        generator = stage.trainees["generator"].averaged_weights()
+        generator = {key: value.clone() for key, value in generator.items()}
+        stage.critic_step = lambda step, parts: {}  # type: ignore[method-assign]
+        metrics = stage.step(0)
+        assert metrics["generator/norm"] > 0
+        after = stage.trainees["critic"].averaged_weights()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        assert all(parameter.grad is None for parameter in stage.trainees["critic"].network.parameters())
+
+
+def test_levels_of_forcing(world: Path, tmp_path: Path) -> None:
+    """The last block is never context, sunk first blocks always are, and levels are evenly spread over the batch."""
+    settings = stage_settings(
+        "causal", world, tmp_path, run__batch=40, clips__later_windows=0.5, clips__frames=9, clean_blocks=0.3
+    )
+    with processes(settings.run) as group:
+        stage = CausalStage(settings, group)
+        draws = Draws(0, 0, range(40), 40)
+        clips = stage.clips.draw(draws, 9)
+        assert 5 < clips.sunk.sum() < 35
+        level, learnt = stage.levels(clips, draws, 1.0)
+    assert learnt[:, 6:].all() and not learnt[clips.sunk, :3].any()
+    assert (level[learnt == 0] <= settings.clean_level).all()
+    assert torch.equal((level[:, 8] * 40).floor().sort().values, torch.arange(40.0))
+    blocks = level.unflatten(1, (3, 3))
+    assert torch.equal(blocks, blocks[:, :, :1].expand(-1, -1, 3))
+
+
+def test_late_windows_are_what_a_rollout_sees(world: Path, tmp_path: Path) -> None:
+    """A late window is the clip's first block and later frames that follow on."""
+    settings = stage_settings("causal", world, tmp_path, clips__later_windows=0.5, clips__frames=9)
+    with processes(settings.run) as group:
+        stage = CausalStage(settings, group)
+        clips = stage.clips.draw(Draws(1, 0, range(60), 60), 9)
+        source = stage.clips.source.latents
+    starts = set()
+    for window, sunk in zip(clips.latents.numpy(), clips.sunk, strict=True):
+        clip = next(i for i in range(len(source)) if np.array_equal(source[i, :3], window[:3]))
+        start = next(s for s in range(3, 8) if np.array_equal(source[clip, s : s + 6], window[3:]))
+        assert sunk or start == 3
+        starts.add(start)
+    assert {3, 7} <= starts
+
+
+def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_path: Path) -> None:
+    """A missing file is made again and is the same; other settings do not mix; states run from noise to a clip."""
+    settings = stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2)
+    run_stage("ode_pairs", settings)
+    files = sorted(tmp_path.glob("pairs-*.safetensors"))
+    assert [path.stem for path in files] == [f"pairs-00000{step}-0000{first}" for step in (0, 1) for first in (0, 2)]
+    before, times = [path.read_bytes() for path in files], [path.stat().st_mtime_ns for path in files]
+    files[2].unlink()
+    run_stage("ode_pairs", settings)
+    assert [path.read_bytes() for path in files] == before
+    assert [path.stat().st_mtime_ns == time for path, time in zip(files, times, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    with pytest.raises(InvalidSettings, match="pairs made with other settings: guidance was 5.0 and is now 1.0"):
+        run_stage(
+            "ode_pairs", stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2, guidance=1)
+        )
+    states = load_file(files[0])["states"]
+    assert states.shape == (2, 3, 6, 4, 2, 4)
+    noise = Draws(0, 0, range(2), 4).normal("noise", (6, 4, 2, 4), torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(states[:, 0].float(), noise, atol=2e-3, rtol=0)

@@ -1,0 +1,145 @@
+"""Clips to learn from: a data set of the procedural world or of one's own videos, and windows drawn from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.errors import TrainingDataError
+from training.captions import make_caption
+from training.data import ClipDataset
+from training.draws import Draws
+from training.settings import ClipSettings
+from training.videos import CAPTIONS_FILE, LATENTS_FILE, VIDEO_MARKER
+
+Array = np.ndarray
+
+
+@dataclass
+class ClipBatch:
+    """A part of a batch of clean latents, and what is known about them."""
+
+    latents: torch.Tensor
+    """[B, F, C, h, w], float32."""
+    captions: list[str]
+    """Empty where guidance shall learn to do without."""
+    subject: torch.Tensor
+    """Share of the subject in each cell, [B, F, h, w], 0..1; zero where it is not known."""
+    sunk: torch.Tensor
+    """[B], true where the first block is context by construction and not to be learnt."""
+
+
+class ClipSource(Protocol):
+    """A data set, opened without reading it into memory."""
+
+    latents: Array
+    """[N, F, C, h, w]; only the first `count` are for training."""
+    count: int
+
+    def caption(self, clip: int, rng: np.random.Generator) -> str: ...
+
+    def subject(self, clip: int, frames: Sequence[int]) -> Array | None:
+        """Share of the subject, 0..1, [F, h, w]."""
+
+
+class WorldClips:
+    """The procedural world's data set (`python -m training.data`). A clip has another caption each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._data = ClipDataset(folder)
+        self.latents = self._data.latents
+        self.count = len(self._data.train_indices)
+
+    def caption(self, clip: int, rng: np.random.Generator) -> str:
+        return make_caption(self._data.params[clip], rng)[0]
+
+    def subject(self, clip: int, frames: Sequence[int]) -> Array | None:
+        return self._data.masks[clip, list(frames)].astype(np.float32) / 255
+
+
+class VideoClips:
+    """One's own videos, encoded by `python -m training.videos`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.latents = np.load(folder / LATENTS_FILE, mmap_mode="r")
+        self._captions: list[str] = json.loads((folder / CAPTIONS_FILE).read_text(encoding="utf-8"))
+        self.count = len(self._captions)
+
+    def caption(self, clip: int, rng: np.random.Generator) -> str:
+        return self._captions[clip]
+
+    def subject(self, clip: int, frames: Sequence[int]) -> Array | None:
+        return None
+
+
+def open_clips(settings: ClipSettings) -> ClipSource:
+    """The data set in a folder.
+
+    Raises:
+        TrainingDataError: there is none, or its clips are too short.
+    """
+    folder = Path(settings.folder)
+    try:
+        source = VideoClips(folder) if (folder / VIDEO_MARKER).is_file() else WorldClips(folder)
+    except FileNotFoundError as error:
+        raise TrainingDataError(
+            f"{folder} holds no finished data set: make one with python -m training.data or python -m training.videos."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingDataError(f"The data set in {folder} is damaged: make it again.") from error
+    length = source.latents.shape[1]
+    if length < settings.frames:
+        raise TrainingDataError(
+            f"Clips in {folder} have {length} latent frames, but clips.frames is {settings.frames}."
+        )
+    return source
+
+
+class ClipSampler:
+    """Draws windows: whole ones from a clip's beginning, single frames from anywhere, and late windows.
+
+    A late window is what the model sees in a long rollout: the clip's first block, and others from later in it.
+    """
+
+    def __init__(self, source: ClipSource, settings: ClipSettings, block_frames: int) -> None:
+        self.source = source
+        self.settings = settings
+        self.block_frames = block_frames
+
+    def draw(self, draws: Draws, frames: int, purpose: str = "clips") -> ClipBatch:
+        """Windows of so many latent frames."""
+        drawn = [self._one(rng, frames) for rng in draws.own(purpose)]
+        latents, captions, subjects, sunk = zip(*drawn, strict=True)
+        return ClipBatch(
+            torch.from_numpy(np.stack(latents)).float(),
+            list(captions),
+            torch.from_numpy(np.stack(subjects)),
+            torch.tensor(sunk),
+        )
+
+    def _one(self, rng: np.random.Generator, frames: int) -> tuple[Array, str, Array, bool]:
+        source, settings, block = self.source, self.settings, self.block_frames
+        clip = int(rng.integers(source.count))
+        total = source.latents.shape[1]
+        later, start, dropped = rng.random(), rng.random(), rng.random() < settings.caption_drop
+        caption = source.caption(clip, rng)
+        index = list(range(frames))
+        sunk = False
+        if frames == 1:
+            # A single frame teaches pictures; a clip's first one, which is encoded by itself, must be among them.
+            index = [0 if later < 0.5 or total == 1 else 1 + int(start * (total - 1))]
+        elif frames > block and later < settings.later_windows:
+            sunk = True
+            first = block + int(start * (total - frames + 1))
+            index = [*range(block), *range(first, first + frames - block)]
+        latents = source.latents[clip, index]
+        subject = source.subject(clip, index)
+        if subject is None:
+            subject = np.zeros((frames, *latents.shape[2:]), np.float32)
+        return latents, "" if dropped else caption, subject, sunk

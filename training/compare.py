@@ -1,0 +1,181 @@
+"""Do DMD, SiD and GAN improve the network they start from? `python -m training.compare --minutes 20 --seeds 0 1`.
+
+Each of them trains from the same start for the same time on the same cores. Before and after, clips of held-out
+prompts are scored: how many attributes of the prompt the probe finds in them, and how far its features of their
+frames are from those of real clips of the same prompts (a Frechet distance). The table goes into `docs/training.md`.
+What is finished is not done again, so a broken comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import SelfForcingPipeline
+from pipeline.errors import SelfForcingError, TrainingError
+from training.evaluate import make_videos, plan_prompts, real_videos, score
+from training.export import export
+from training.probe import READ, WINDOW, AttributeProbe
+from training.world import FPS
+
+logger = logging.getLogger(__name__)
+Array = np.ndarray
+
+METHODS = ("dmd", "sid", "gan")
+ATTRIBUTES = (*READ, "motion")
+BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+FRAME_STEP = 4
+"""Every so-manieth frame counts for the distance; those between are nearly the same."""
+EVALUATION_SEED = 11
+MANY_STEPS = 10**6
+
+
+def frechet_distance(one: Array, two: Array) -> float:
+    """Frechet distance of features [N, D], each set seen as a Gaussian: |m - m'|^2 + tr(C + C' - 2(CC')^1/2)."""
+    means = [features.mean(axis=0) for features in (one, two)]
+    first, second = (np.cov(features, rowvar=False) for features in (one, two))
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * cross)
+
+
+def features(probe: AttributeProbe, videos: Sequence[Array]) -> Array:
+    """What the probe sees in the frames of videos, float64 [frames, D]."""
+    return np.concatenate([probe.features(video[:WINDOW:FRAME_STEP]) for video in videos]).astype(np.float64)
+
+
+def judge(run: Path, data: Path, prompts: int) -> dict[str, float]:
+    """Scores of a finished stage's network: attributes found, visibility, and the distance to real clips."""
+    probe = AttributeProbe.load(data / "probe")
+    asked = plan_prompts(prompts, EVALUATION_SEED)
+    with tempfile.TemporaryDirectory() as place:
+        export(run, data, Path(place) / "model")
+        pipeline = SelfForcingPipeline.from_pretrained(Path(place) / "model", device="cpu")
+        videos = make_videos(pipeline, asked, WINDOW / FPS)
+    scores = score([probe.read(video[:WINDOW]) for video in videos], asked)
+    real = real_videos(asked)
+    return scores | {"distance": frechet_distance(features(probe, videos), features(probe, real))}
+
+
+def train(method: str, seed: int, options: argparse.Namespace) -> Path:
+    """Train with a method, unless that is done; returns the run's folder."""
+    out = options.out / f"{method}-{seed}"
+    if not (out / "settings.json").is_file():
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+        overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.minutes={options.minutes:g}"]
+        # Time decides when to stop, not the number of steps.
+        overrides += [f"network.init={json.dumps(str(options.start))}", f"run.steps={MANY_STEPS}", *options.set]
+        if method != "gan":
+            overrides.insert(0, f"score.teacher.init={json.dumps(str(options.teacher))}")
+        settings = options.configs / f"embedded_{method}.toml"
+        command = [
+            sys.executable,
+            *(launcher if options.processes > 1 else []),
+            "-m",
+            "training",
+            method,
+            str(settings),
+        ]
+        logger.info("%s, seed %d", method, seed)
+        if subprocess.run([*command, *overrides], check=False).returncode:
+            raise TrainingError(f"The training of {method} with seed {seed} failed; what it said stands above.")
+    return out
+
+
+def judged(run: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Scores of a run, remembered in a file beside its weights."""
+    path = options.out / f"{run.name}-{options.prompts}.json"
+    if not path.is_file():
+        path.write_text(json.dumps(judge(run, options.data, options.prompts)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def as_table(start: Mapping[str, float], results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
+    """A Markdown table: the start, and each method's seeds, with whether both measures became better in all of them."""
+
+    def following(scores: Mapping[str, float]) -> float:
+        return float(np.mean([scores[name] for name in ATTRIBUTES]))
+
+    header = ["", *ATTRIBUTES, "prompt following", "distance to real clips", "improved"]
+    rows = [header, ["---"] * len(header)]
+
+    def row(label: str, scores: Mapping[str, float], improved: str) -> list[str]:
+        values = [f"{scores[name]:.2f}" for name in ATTRIBUTES]
+        return [label, *values, f"{following(scores):.3f}", f"{scores['distance']:.2f}", improved]
+
+    rows.append(row("ODE start", start, ""))
+    for method, seeds in results.items():
+        for seed, scores in seeds.items():
+            better = [following(scores) > following(start), scores["distance"] < start["distance"]]
+            said = {(True, True): "both", (True, False): "following", (False, True): "distance", (False, False): "no"}
+            rows.append(row(f"{method.upper()}, seed {seed}", scores, said[better[0], better[1]]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def put_into(document: Path, text: str) -> None:
+    """Replace what stands between the two marks of a document.
+
+    Raises:
+        TrainingError: the marks are not there.
+    """
+    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise TrainingError(f"{document} has no place for the table: the lines {BEGIN} and {END} are missing.")
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and judge everything that is not yet; returns the scores."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = judged(options.start, options)
+    results = {
+        method: {seed: judged(train(method, seed, options), options) for seed in options.seeds}
+        for method in options.methods
+    }
+    caption = (
+        f"{options.minutes:g} minutes each on {options.processes} processes; {options.prompts} held-out prompts, the "
+        "same for all; seeds are those of the training.\n"
+    )
+    put_into(options.document, f"{caption}\n{as_table(start, results)}")
+    return {"start": start, **results}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--start", type=Path, default=Path("training/cache/ode"), help="a finished run of the stage ode"
+    )
+    parser.add_argument("--teacher", type=Path, default=Path("training/cache/base"), help="of DMD and SiD")
+    parser.add_argument("--data", type=Path, default=Path("training/cache"), help="with text/, vae/, taehv/ and probe/")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--configs", type=Path, default=Path("training/configs"))
+    parser.add_argument("--document", type=Path, default=Path("docs/training.md"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings for all trainings")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        compare(options)
+    except SelfForcingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The stages by name, and running one of them from its settings."""
+
+from __future__ import annotations
+
+from training.dmd import DMDStage, SiDStage
+from training.flow import CausalStage, TeacherStage
+from training.gan import GANStage
+from training.loop import train
+from training.ode import OdePairsStage, OdeStage
+from training.parallel import processes
+from training.settings import StageSettings
+from training.stage import Stage
+
+STAGES: dict[str, type[Stage]] = {
+    "teacher": TeacherStage,
+    "causal": CausalStage,
+    "ode_pairs": OdePairsStage,
+    "ode": OdeStage,
+    "dmd": DMDStage,
+    "sid": SiDStage,
+    "gan": GANStage,
+}
+
+
+def run_stage(name: str, settings: StageSettings) -> int:
+    """Check the settings against the files they name, and run the stage. Returns its last step.
+
+    Raises:
+        SelfForcingError: in one sentence; what was saved before is whole.
+    """
+    kind = STAGES[name]
+    kind.check(settings)
+    with processes(settings.run) as group:
+        stage = kind(settings, group)
+        if isinstance(stage, OdePairsStage):
+            return stage.run()
+        return train(stage, name, group)
