@@ -17,7 +17,17 @@ import pytest
 
 from pipeline.recipe import read_recipe
 from tests.browser.conftest import Site, retried
-from tests.browser.visitor import Sight, ask, downloaded, playlist_requests, seek, wait_for_end, wait_until
+from tests.browser.visitor import (
+    Sight,
+    TooSlow,
+    ask,
+    downloaded,
+    in_time,
+    playlist_requests,
+    seek,
+    wait_for_end,
+    wait_until,
+)
 from tests.media import Media, read_media
 from tests.scripted import SPEC, read_code
 
@@ -77,7 +87,7 @@ def show(page, site: Site, pace: Pace, folder: Path) -> Showing:
     site.pipeline.step_seconds = pace.step_seconds
     ask(page, seconds=pace.seconds, fps=pace.fps)
     wait_for_end(page)
-    page.wait_for_timeout(800)  # the page itself asks once more when a run is over
+    page.wait_for_timeout(1500)  # the page itself asks once more when a run is over
     sight, asked = Sight.of(page), playlist_requests(page)
     quiet_until = time.monotonic() + QUIET_SECONDS
     media = read_media(downloaded(page, folder))
@@ -130,13 +140,25 @@ def assert_painted(sight: Sight, num_frames: int, share: float = 0.98) -> None:
     assert codes == sorted(set(codes)), "a frame came too early, too late or twice"
     assert codes[-1] == num_frames - 1
     missing = sorted(set(range(num_frames)) - set(codes))
-    assert sight.presented >= share * num_frames, f"not seen: {missing}"
+    in_time(sight.presented >= share * num_frames, f"not seen: {missing}")
+
+
+def assert_begins(sight: Sight) -> None:
+    """With the first block, and unless the script heard too late of them, with the first frames."""
+    first = sight.codes[0]
+    assert first < SPEC.frames_in(1)
+    in_time(first <= 2, f"the first frame that was seen is {first}")
+
+
+def assert_no_stall(sight: Sight) -> None:
+    in_time(sight.waits == [], f"stalls: {sight.waits}")
 
 
 def assert_ended(showing: Showing) -> None:
     sight, duration = showing.sight, showing.pace.num_frames / showing.pace.fps
     (ended,) = sight.named("ended")
-    assert ended["time"] - sight.frames[0]["time"] <= duration + 3
+    took = ended["time"] - sight.frames[0]["time"]
+    in_time(took <= duration + 3, f"a video of {duration} s took {took} s")
     assert abs(sight.duration - duration) <= 0.01
     assert showing.playlist.rstrip().endswith("#EXT-X-ENDLIST")
     assert showing.late_requests == [], "the player does not know that the stream has ended"
@@ -164,10 +186,10 @@ def test_a_run_needs_neither_ffmpeg_nor_ffprobe_on_the_path(showing) -> None:
 def test_the_first_frame_is_painted_within_a_second_of_being_made(showing) -> None:
     """Check 2. (At 6 fps: a first block that lasts until the next one is there is shown without a pre-buffer.)"""
     run = showing(CALM)
-    first = run.sight.frames[0]
-    assert first["code"] <= 2
-    assert first["time"] - run.stamps[0] <= 1.0
-    assert first["time"] < run.stamps[3], "it plays while most of it does not exist yet"
+    assert_begins(run.sight)
+    first = run.sight.frames[0]["time"]
+    in_time(first - run.stamps[0] <= 1.0, f"it was painted {first - run.stamps[0]} s after its block was made")
+    in_time(first < run.stamps[3], "it does not play before most of it exists")
 
 
 @retried
@@ -176,14 +198,17 @@ def test_frames_are_painted_in_order_and_to_the_last(showing, pace) -> None:
     """Check 3."""
     sight = showing(pace).sight
     assert_painted(sight, pace.num_frames)
-    assert max(abs(frame["at"] - frame["code"] / pace.fps) for frame in sight.frames) <= 0.02, "each at its time"
+    late = [frame["at"] - frame["code"] / pace.fps for frame in sight.frames]
+    assert max(late) <= 0.02, "a frame is shown after its time"
+    # A script that is called late reads the number of a later frame than the one that it was called for.
+    in_time(min(late) >= -0.02, "a frame is shown before its time")
 
 
 @retried
 @pytest.mark.parametrize("pace", [FAST, CALM, BRISK], ids=["16fps", "6fps", "24fps"])
 def test_a_fast_model_plays_without_a_stall(showing, pace) -> None:
     """Check 4."""
-    assert showing(pace).sight.waits == []
+    assert_no_stall(showing(pace).sight)
 
 
 @retried
@@ -200,7 +225,8 @@ def test_a_slow_model_stalls_only_until_its_next_block(open_page, site) -> None:
         # A browser keeps back the last frames that it has until it gets more, so it may wait a little before a block.
         missing = next(block for block, start in enumerate(starts) if start / SLOW.fps >= wait["at"] - 0.02)
         resumed = next(frame for frame in sight.frames if frame["code"] >= starts[missing])
-        assert resumed["time"] - stamps[missing] <= 1.0
+        late = resumed["time"] - stamps[missing]
+        in_time(late <= 1.0, f"block {missing} was painted {late} s after it was made")
     assert [jump for jump in sight.jumps if abs(jump["to"] - jump["from"]) > 0.02] == []
     assert_painted(sight, SLOW.num_frames)
 
@@ -238,7 +264,8 @@ def test_stop_ends_the_run_within_a_step_and_keeps_what_exists(open_page, site, 
     wait_until(page, lambda: site.pipeline.intervals, 5)
     (click,) = [click for click in page.evaluate("clicks") if click["on"] == "stop"]
     ((_, end),) = site.pipeline.intervals
-    assert on_the_wall_clock(end) - click["time"] / 1000 <= site.pipeline.step_seconds + 0.3
+    took = on_the_wall_clock(end) - click["time"] / 1000
+    in_time(took <= site.pipeline.step_seconds + 0.3, f"it ended {took} s after the click")
     wait_for_end(page)
     assert "Stopped" in page.inner_text("#status")
     path = downloaded(page, tmp_path)
@@ -251,7 +278,7 @@ def test_stop_ends_the_run_within_a_step_and_keeps_what_exists(open_page, site, 
     ask(page, seconds=2)
     wait_for_end(page)
     sight = Sight.of(page)
-    assert sight.codes[0] == 0
+    assert_begins(sight)
     assert_painted(sight, 33)
     assert_exact(read_media(downloaded(page, tmp_path)), 33, 16)
 
@@ -267,7 +294,7 @@ def test_closing_the_tab_frees_the_model(open_page, site) -> None:
     page.close()
     wait_until(None, lambda: site.pipeline.intervals)
     ((_, end),) = site.pipeline.intervals
-    assert end - closed <= 0.5 + site.pipeline.step_seconds, "not only at the end of the block"
+    in_time(end - closed <= 0.5 + site.pipeline.step_seconds, f"it went on for {end - closed} s")
 
 
 @retried
@@ -301,7 +328,7 @@ def test_two_visitors_each_see_and_get_their_own_video(open_page, site, tmp_path
 def test_nothing_lies_over_the_picture(showing, pace) -> None:
     """Check 12."""
     sight = showing(pace).sight
-    assert sight.samples >= 5 * sight.duration
+    in_time(sight.samples >= 5 * sight.duration, f"looked {sight.samples} times only")
     assert set(sight.covers) == set()
 
 
@@ -327,9 +354,9 @@ def test_a_second_run_in_the_same_page_starts_afresh_and_a_minute_plays_to_its_e
 
     run = show(page, site, LONG, tmp_path)
     assert page.locator("video").count() == 1
-    assert run.sight.codes[0] == 0
+    assert_begins(run.sight)
     assert_painted(run.sight, LONG.num_frames)
-    assert run.sight.waits == []
+    assert_no_stall(run.sight)
     assert_ended(run)
     assert run.seeks == {frame: [frame] for frame in run.seeks}
     assert_exact(run.media, LONG.num_frames, LONG.fps)
@@ -337,3 +364,22 @@ def test_a_second_run_in_the_same_page_starts_afresh_and_a_minute_plays_to_its_e
 
 def on_the_wall_clock(monotonic: float) -> float:
     return time.time() - (time.monotonic() - monotonic)
+
+
+@pytest.mark.parametrize(
+    ("failure", "tries"), [(AssertionError, 1), (ValueError, 1), (TooSlow, 2), ("playwright's TimeoutError", 2)]
+)
+def test_only_what_was_too_slow_is_tried_again(browser, failure, tries) -> None:
+    if isinstance(failure, str):
+        from playwright.sync_api import TimeoutError as failure
+
+    tried = []
+
+    @retried
+    def failing(**fixtures) -> None:
+        tried.append(fixtures)
+        raise failure("every time")
+
+    with pytest.raises(failure):
+        failing(page=browser)
+    assert len(tried) == tries
