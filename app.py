@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import ipaddress
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from pipeline.blocks import StreamingPipeline
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
     """Serve the page until Ctrl-C or SIGTERM. Returns the exit code: 0, 1 (failed) or 2 (bad input)."""
     worker, home = None, None
     stop = threading.Event()
+    code = EXIT_FAILED
     try:
         options = parse(argv)
         auth = read_auth(options.auth)
@@ -65,18 +68,23 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         say(f"Loading the model in {folder.name} ...")
         worker = ModelWorker(lambda: warmed_up(load(folder, device)))
         serve(worker, options, auth, stop)
-        return 0
+        code = 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
-        return EXIT_BAD_INPUT
+        code = EXIT_BAD_INPUT
     except SelfForcingError as error:
         say(str(error))
-        return EXIT_FAILED
+        code = EXIT_FAILED
     finally:
-        if worker is not None:
-            worker.close(timeout=2)
+        ended = worker is None or worker.close(timeout=2)
         if home is not None:
             home.close()
+        if not ended:
+            # The model thread is in the middle of something, of loading perhaps, that cannot be interrupted; torch
+            # aborts the process with words of its own if the interpreter goes away under it.
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def make_home() -> TemporaryHome:
@@ -115,15 +123,16 @@ def serve(
     """
     demo = build_app(worker, options.max_seconds)
     try:
-        _, local, public = demo.launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share,
-            auth=auth,
-            mcp_server=options.mcp,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        with redirect_stdout(io.StringIO()):  # what Gradio has to say of share links and MCP, this program says itself
+            _, local, public = demo.launch(
+                server_name=options.host,
+                server_port=options.port,
+                share=options.share,
+                auth=auth,
+                mcp_server=options.mcp,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
     except OSError as error:
         if error.errno not in _ADDRESS_ERRORS:
             raise SelfForcingError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import imageio.v3 as imageio
 import numpy as np
 
-from pipeline import GenerationRequest, SelfForcingPipeline
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-pipeline = SelfForcingPipeline.from_pretrained("weights/embedded")
+from pipeline import GenerationRequest, SelfForcingPipeline  # noqa: E402
+
+pipeline = SelfForcingPipeline.from_pretrained(ROOT / "weights" / "embedded")
 request = GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seed=7, seconds=5)
 
 frames = []
@@ -15,4 +21,4 @@ for block in pipeline.stream(request):  # each block arrives while the rest does
     frames.append(block.frames)  # uint8 [T, H, W, 3]
     print(f"{block.start_frame + len(block.frames)} of {block.run.num_frames} frames after {block.elapsed:.2f} s")
 
-imageio.imwrite("balloon.mp4", np.concatenate(frames), fps=block.run.fps)
+imageio.imwrite("stream.mp4", np.concatenate(frames), fps=block.run.fps)

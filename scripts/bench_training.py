@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import SelfForcingError
-from training.dmd import DMDStage
-from training.draws import Draws
-from training.parallel import Processes, processes
-from training.settings_file import load_settings
-from training.stage_settings import DMDSettings
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.errors import SelfForcingError  # noqa: E402
+from training.dmd import DMDStage  # noqa: E402
+from training.draws import Draws  # noqa: E402
+from training.parallel import Processes, processes  # noqa: E402
+from training.settings_file import load_settings  # noqa: E402
+from training.stage_settings import DMDSettings  # noqa: E402
 
 GIB = 1024**3
 

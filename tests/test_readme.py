@@ -32,10 +32,22 @@ def test_python_snippet_runs() -> None:
 
 
 def test_example_writes_a_video(tmp_path: Path) -> None:
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
-    result = run(str(ROOT / "examples" / "stream.py"), cwd=tmp_path)
+    # As README's reader starts it: by its path, in whatever folder, without PYTHONPATH.
+    example = [sys.executable, str(ROOT / "examples" / "stream.py")]
+    result = subprocess.run(example, cwd=tmp_path, env=without_path(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "balloon.mp4").stat().st_size > 5000
+    assert (tmp_path / "stream.mp4").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_start_by_their_path(script: Path, tmp_path: Path) -> None:
+    help_text = [sys.executable, str(script), "--help"]
+    result = subprocess.run(help_text, cwd=tmp_path, env=without_path(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr[-2000:]
+
+
+def without_path() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def test_parity_command_passes() -> None:

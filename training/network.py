@@ -49,7 +49,12 @@ def transformer_folder(folder: str) -> Path:
     for path in (Path(folder) / "transformer", Path(folder)):
         if (path / "config.json").is_file():
             return path
-    raise WeightsError(f"{folder} holds no transformer: it has neither a config.json nor a folder transformer/.")
+    exists = Path(folder).is_dir()
+    found = "it has neither a config.json nor a folder transformer/" if exists else "there is no such folder"
+    raise WeightsError(
+        f"{folder} holds no transformer: {found}. It is the result of an earlier stage (see docs/training.md) or the "
+        "folder of a model."
+    )
 
 
 def load_network(

@@ -36,7 +36,10 @@
     (event) => {
       if (event.target.closest("#generate") === null) return;
       if (performance.now() - pressed < REST_MS) event.stopImmediatePropagation();
-      else pressed = performance.now();
+      else {
+        pressed = performance.now();
+        if (canStream) byId("page-notice").hidden = true;
+      }
     },
     true,
   );
@@ -205,7 +208,17 @@
     sessionStorage.removeItem("sf-left-running");
     tell("The page was loaded anew while a video was being made. That run was stopped; generate it again if you like.");
   }
-  addEventListener("pagehide", () => running() && sessionStorage.setItem("sf-left-running", "1"));
+  const typed = () => document.querySelector("#prompt textarea");
+  const left = sessionStorage.getItem("sf-prompt");
+  sessionStorage.removeItem("sf-prompt");
+  if (left && typed()?.value === "") {
+    typed().value = left;
+    typed().dispatchEvent(new Event("input", { bubbles: true }));
+  }
+  addEventListener("pagehide", () => {
+    if (running()) sessionStorage.setItem("sf-left-running", "1");
+    sessionStorage.setItem("sf-prompt", typed()?.value ?? "");
+  });
 
   new MutationObserver(follow).observe(document.body, { childList: true, subtree: true });
   follow();

@@ -265,10 +265,13 @@ class Page:
             Path(path).unlink(missing_ok=True)
         other = recipe.get("model") not in ("", model.name)
         said = f"That video was made by {recipe.get('model')}; this model will make another one." if other else ""
+        again = (
+            "Generate makes it again." if recipe.get("complete") else "It was stopped early; Generate makes all of it."
+        )
         if said:
             gr.Warning(said)
         else:
-            gr.Info("All settings are those of that video. Generate makes it again.")
+            gr.Info(f"All settings are those of that video. {again}")
         options = (restored.taehv, restored.fp8, restored.compile)
         notice = pieces.prompt_notice(restored.prompt, model)
         return None, restored.prompt, restored.seed, restored.fps, restored.seconds, *options, notice

@@ -166,6 +166,8 @@ def _recipe(recipe: dict[str, Any]) -> str:
         "Model": recipe["model"] or "unknown",
         "Weights": recipe["weights_sha256"][:12] or "unknown",
     }
+    if not recipe["complete"]:
+        rows["Stopped"] = f"after {recipe['frames']} frames; made again, it has its full length"
     cells = "".join(f"<dt>{label}</dt><dd>{escape(str(value))}</dd>" for label, value in rows.items())
     command = _command(recipe)
     return (

@@ -267,6 +267,7 @@ def test_wrong_numbers_are_named_before_the_run(open_page) -> None:
 
 def test_the_tab_key_goes_through_the_page_in_order(open_page) -> None:
     page = open_page()
+    page.wait_for_timeout(1000)  # until nothing moves any more
     page.get_by_label("Prompt").focus()
     visited = []
     for _ in range(4):
