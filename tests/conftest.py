@@ -1,7 +1,31 @@
-"""Before anything imports torch: test programs run side by side, so each computes with one thread."""
+"""What all tests share: one thread for each of the programs that run side by side, and a page with a scripted model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+if TYPE_CHECKING:
+    from tests.server import Server
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    # Imported here: tests that need no page do not wait for Gradio.
+    from tests.scripted import ScriptedPipeline
+    from tests.server import Server
+
+    server = Server(ScriptedPipeline(unavailable={"compile": "There is no compiler here."}), max_seconds=20)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    shared_server.reset()
+    return shared_server

@@ -36,19 +36,6 @@ PARAMETERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[Server]:
-    server = Server(ScriptedPipeline(unavailable={"compile": "There is no compiler here."}), max_seconds=20)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def server(shared_server: Server) -> Server:
-    shared_server.reset()
-    return shared_server
-
-
 @pytest.fixture
 def client(server: Server, tmp_path: Path) -> Client:
     return Client(server.url, download_files=tmp_path, verbose=False)

@@ -39,19 +39,6 @@ from web.storage import VideoStore
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def shared_server():
-    server = Server(ScriptedPipeline(unavailable={"compile": "There is no compiler here."}), max_seconds=20)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def server(shared_server: Server) -> Server:
-    shared_server.reset()
-    return shared_server
-
-
 # ---- a run
 
 
