@@ -19,26 +19,7 @@ from training.world import ATTRIBUTES, ClipParams, sample_params
 
 _TRIES = 300
 """Draws from the world, of which the one that fits a caption best is taken."""
-_LEADING = frozenset(
-    (
-        "a",
-        "among",
-        "an",
-        "at",
-        "by",
-        "during",
-        "from",
-        "in",
-        "near",
-        "of",
-        "on",
-        "over",
-        "the",
-        "through",
-        "to",
-        "under",
-    )
-)
+_LEADING = frozenset(captions.words("a among an at by during from in near of on over the through to under with"))
 """Words that a phrase begins with and means the same without."""
 _SUBJECT_TABLES = {"subject": captions.SUBJECT_NOUNS, "colour": captions.COLOUR_WORDS}
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.config import SECONDS_RANGE
+from pipeline.config import SECONDS_RANGE, ModelSpec
 from training import console
 from training.asked import Prompt, plan_prompts, read_prompts
 from training.drift import drift_report, flicker, measure, motion_report, rows
@@ -127,7 +127,7 @@ def follow_prompts(film: Film, probe: AttributeProbe, prompts: Sequence[Prompt],
 
 def follow_time(
     film: Film,
-    generator: Generator,
+    spec: ModelSpec,
     probe: AttributeProbe,
     prompts: Sequence[Prompt],
     seconds: float,
@@ -137,7 +137,8 @@ def follow_time(
     if not prompts:
         return {"drift": None, "motion": None}
     generated, real, videos = [], [], []
-    for prompt, video in zip(prompts, tqdm(film(prompts, seconds), "long videos", len(prompts), disable=None)):
+    films = tqdm(film(prompts, seconds), "long videos", len(prompts), disable=None)
+    for prompt, video in zip(prompts, films, strict=True):
         videos.append(video)
         generated.append(measure(probe, video))
         real.append(measure(probe, real_video(prompt, *video.shape[:3])))
@@ -147,7 +148,7 @@ def follow_time(
     drift = drift_report(shown, asked)
     length = {"seconds": len(videos[0]) / FPS, "prompts": len(prompts)}
     return {
-        "drift": {**length, **drift, "flicker": flicker(videos, generator.spec), "following": _following(shown)},
+        "drift": {**length, **drift, "flicker": flicker(videos, spec), "following": _following(shown)},
         "motion": motion_report(shown, asked),
     }
 
@@ -211,7 +212,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     alone = nullcontext(film_with(generator, options.taehv))
     with alone if processes == 1 else Crew(options.model, processes, options.taehv) as film:
         report |= follow_prompts(film, judge.probe, prompts, sheets[0])
-        report |= follow_time(film, generator, judge.probe, long_prompts, options.long_seconds, sheets[-1])
+        report |= follow_time(film, generator.spec, judge.probe, long_prompts, options.long_seconds, sheets[-1])
     report |= sharpness(options.model, judge, report["size"])
     told = notes(generator, judge, prompts, report.pop("size"))
     return report | {
@@ -251,8 +252,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--processes",
         type=count(0),
         default=0,
-        help="processes that make videos side by side, each with the model in memory; 0: one on a GPU, on a CPU one for "
-        "each core, at most four",
+        help="processes that make videos side by side, each with the model in memory; 0: one on a GPU, on a CPU one "
+        "for each core, at most four",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object, too, last")
     options = parser.parse_args(argv)

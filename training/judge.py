@@ -59,7 +59,7 @@ def load_judge(folder: Path) -> Judge:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(
-            f"{folder} holds no probe: make one with python -m training.probe --out {folder}."
+            f"{folder} holds no probe; make one with python -m training.probe --out {folder}."
         ) from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"The {REPORT_FILE} in {folder} is damaged: make the probe anew.") from error

@@ -52,13 +52,12 @@ def _long_videos(drift: Mapping[str, Any], motion: Mapping[str, Any]) -> list[st
             f"(worst {_number(flicker['worst'])})"
         )
     for name, what in (("speed", "subjects' speed"), ("change", "change of all pixels")):
-        of_real = motion[name]
+        ratio = motion[name]
         lines.append(
-            f"{what}, against real clips: {_number(of_real['start'])} at first, {_number(of_real['end'])} last"
+            f"{what}, of real clips': {_number(ratio['start'])} at the start, {_number(ratio['end'])} at the end"
         )
-    lines.append(
-        f"windows that rest but should move: {_number(motion['frozen'])}, real {_number(motion['frozen_real'])}"
-    )
+    frozen, usual = _number(motion["frozen"]), _number(motion["frozen_real"])
+    lines.append(f"windows that rest but should move: {frozen} (real clips {usual})")
     return lines
 
 

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.decoder import encode_wan
 from pipeline.errors import TrainingDataError
+from training import console
 from training.network import load_vae
 from training.prompts import checked_caption
 
