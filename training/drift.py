@@ -80,20 +80,20 @@ def _row(windows: Sequence[Window], prompts: Sequence[Prompt], firsts: Sequence[
     clips = list(zip(windows, prompts, firsts, strict=True))
     for name in ATTRIBUTES:
         asked = [w.reading.attributes.get(name) == getattr(p.params, name) for w, p, _ in clips if name in p.stated]
-        row[name] = _mean(asked)
+        row[name] = mean_of(asked)
     for name in READ:
         of_subject = name in ("subject", "colour")
-        row[f"{name} kept"] = _mean(
+        row[f"{name} kept"] = mean_of(
             w.reading.attributes[name] == first[name]
             for w, _, first in clips
             if w.reading.visible >= _SEEN or not of_subject
         )
-    row["visible"] = _mean(w.reading.visible for w in windows)
+    row["visible"] = mean_of(w.reading.visible for w in windows)
     for name in ("contrast", "sharpness", "change"):
-        row[name] = _mean(getattr(w, name) for w in windows)
+        row[name] = mean_of(getattr(w, name) for w in windows)
     moving = [w for w, p, _ in clips if _moves(p) and w.reading.visible >= _SEEN]
-    row["speed"] = _mean(w.reading.speed for w in moving)
-    row["frozen"] = _mean(w.reading.attributes["motion"] == "still" for w in moving)
+    row["speed"] = mean_of(w.reading.speed for w in moving)
+    row["frozen"] = mean_of(w.reading.attributes["motion"] == "still" for w in moving)
     return row
 
 
@@ -107,17 +107,18 @@ def _moves(prompt: Prompt) -> bool:
     return "motion" in prompt.stated and prompt.params.motion != "still"
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean_of(values: Iterable[float]) -> float:
+    """The mean of the numbers among the values; NaN if there are none."""
     found = [value for value in values if np.isfinite(value)]
     return float(np.mean(found)) if found else float("nan")
 
 
 def at_start(series: Sequence[float]) -> float:
-    return _mean(series[: _edge(series)])
+    return mean_of(series[: _edge(series)])
 
 
 def at_end(series: Sequence[float]) -> float:
-    return _mean(series[-_edge(series) :])
+    return mean_of(series[-_edge(series) :])
 
 
 def _edge(series: Sequence[float]) -> int:
@@ -132,7 +133,7 @@ def parts_of_quality(generated: Sequence[Row], real: Sequence[Row]) -> dict[str,
     and `contrast`: against the start, the smaller by the larger, so that too much is as bad as too little.
     """
     parts = {name: [row[f"{name} kept"] for row in generated] for name in READ}
-    there = [min(1.0, row["visible"] / max(_mean(r["visible"] for r in real), 1e-6)) for row in generated]
+    there = [min(1.0, row["visible"] / max(mean_of(r["visible"] for r in real), 1e-6)) for row in generated]
     parts["visible"] = there
     for name in ("sharpness", "contrast"):
         series = [max(row[name], 1e-6) for row in generated]
@@ -143,7 +144,7 @@ def parts_of_quality(generated: Sequence[Row], real: Sequence[Row]) -> dict[str,
 
 def quality(parts: Mapping[str, Sequence[float]]) -> list[float]:
     """The mean of the parts, by window, 0..1."""
-    return [_mean(values) for values in zip(*parts.values(), strict=True)]
+    return [mean_of(values) for values in zip(*parts.values(), strict=True)]
 
 
 def flicker(videos: Sequence[Array], spec: ModelSpec) -> dict[str, float] | None:
@@ -188,13 +189,13 @@ def motion_report(generated: Sequence[Row], real: Sequence[Row]) -> dict[str, An
     """
 
     def against(name: str) -> dict[str, float]:
-        whole = max(_mean(row[name] for row in real), 1e-6)
+        whole = max(mean_of(row[name] for row in real), 1e-6)
         series = [row[name] / whole for row in generated]
         return {"start": at_start(series), "end": at_end(series)}
 
     return {
         "speed": against("speed"),
         "change": against("change"),
-        "frozen": _mean(row["frozen"] for row in generated),
-        "frozen_real": _mean(row["frozen"] for row in real),
+        "frozen": mean_of(row["frozen"] for row in generated),
+        "frozen_real": mean_of(row["frozen"] for row in real),
     }
