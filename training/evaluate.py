@@ -158,12 +158,12 @@ def _following(windows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in windows] for name in ATTRIBUTES}
 
 
-def sharpness(folder: Path, judge: Judge, size: tuple[int, int]) -> dict[str, Any]:
+def sharpness(folder: Path, judge: Judge, size: tuple[int, int], clips: int) -> dict[str, Any]:
     """`psnr` of both decoders in dB, null for one that the folder does not hold, and what encoded the clips."""
     vae, decoders = model_decoders(folder)
-    clips = [real_video(prompt, WINDOW, *size) for prompt in plan_prompts(PSNR_CLIPS, PSNR_SEED)]
-    encode, name = choose_encoder(vae, judge.pca, clips[0])
-    return {"psnr": {"wan": None, "taehv": None, **decoder_psnr(decoders, encode, clips)}, "psnr_encoder": name}
+    real = [real_video(prompt, WINDOW, *size) for prompt in plan_prompts(clips, PSNR_SEED)]
+    encode, name = choose_encoder(vae, judge.pca, real[0])
+    return {"psnr": {"wan": None, "taehv": None, **decoder_psnr(decoders, encode, real)}, "psnr_encoder": name}
 
 
 def notes(generator: Generator, judge: Judge, prompts: Sequence[Prompt], size: tuple[int, int]) -> list[str]:
@@ -206,14 +206,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         prompts = read_prompts(options.prompts_file, tokenizer, length, options.seed)[: options.prompts]
         long_prompts = prompts[: options.long_prompts]
     report: dict[str, Any] = {"model": generator.spec.name, "prompts": len(prompts)}
-    fps = frames_per_second(generator, prompts[0], FPS_SECONDS, options.taehv)
+    fps = frames_per_second(generator, prompts[0], min(FPS_SECONDS, options.long_seconds), options.taehv)
     processes = options.processes or (1 if generator.device.type != "cpu" else min(torch.get_num_threads(), 4))
     sheets = [options.sheet, options.sheet.with_stem(f"{options.sheet.stem}_long")][: 2 if long_prompts else 1]
     alone = nullcontext(film_with(generator, options.taehv))
     with alone if processes == 1 else Crew(options.model, processes, options.taehv) as film:
         report |= follow_prompts(film, judge.probe, prompts, sheets[0])
         report |= follow_time(film, generator.spec, judge.probe, long_prompts, options.long_seconds, sheets[-1])
-    report |= sharpness(options.model, judge, report["size"])
+    report |= sharpness(options.model, judge, report["size"], min(PSNR_CLIPS, len(prompts)))
     told = notes(generator, judge, prompts, report.pop("size"))
     return report | {
         "fps": fps,
