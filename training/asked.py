@@ -64,18 +64,23 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, se
 def stated_in(caption: str) -> dict[str, str]:
     """The attributes that a caption states, read from its words. Where it could mean two values, it states neither."""
     words = tuple(captions.words(caption))
-    found = {}
+    found, used = {}, set()
     for name in ATTRIBUTES:
         if name == "colour":
-            value = _colour(words)
+            value, places = _colour(words), set()
         else:
-            phrases = _phrases(name)
-            value = _longest(words, phrases)
-            if value is None and name not in ("subject", "motion"):  # `sunny day`, without the `on a` of the phrase
-                value = _longest(words, [(value, _core(phrase)) for value, phrase in phrases])
+            value, places = _longest(words, _phrases(name))
         if value is not None:
             found[name] = value
-    return found
+            used |= places
+    # What is left may hold a phrase without its first words: `sunny day` instead of `on a sunny day`.
+    rest = tuple("" if index in used else word for index, word in enumerate(words))
+    for name in ATTRIBUTES:
+        if name not in (*found, "subject", "colour", "motion"):
+            value, _ = _longest(rest, [(value, _core(phrase)) for value, phrase in _phrases(name)])
+            if value is not None:
+                found[name] = value
+    return {name: found[name] for name in ATTRIBUTES if name in found}
 
 
 def _phrases(name: str) -> list[tuple[str, Words]]:
@@ -100,14 +105,15 @@ def _spans(words: Words, phrase: Words) -> Iterator[int]:
     return (start for start in range(len(words) - len(phrase) + 1) if words[start : start + len(phrase)] == phrase)
 
 
-def _longest(words: Words, phrases: Iterable[tuple[str, Words]]) -> str | None:
-    """The value whose phrase is the longest in the words; None if there is none, or two are equally long."""
-    lengths: dict[str, int] = {}
+def _longest(words: Words, phrases: Iterable[tuple[str, Words]]) -> tuple[str | None, set[int]]:
+    """The value whose phrase is the longest in the words, and where it stands; None if two are equally long."""
+    matches: dict[str, set[int]] = {}
     for value, phrase in phrases:
-        if any(True for _ in _spans(words, phrase)):
-            lengths[value] = max(lengths.get(value, 0), len(phrase))
-    best = [value for value, length in lengths.items() if length == max(lengths.values())]
-    return best[0] if len(best) == 1 else None
+        for start in _spans(words, phrase):
+            if len(phrase) > len(matches.get(value, ())):
+                matches[value] = set(range(start, start + len(phrase)))
+    best = [value for value, places in matches.items() if len(places) == max(map(len, matches.values()))]
+    return (best[0], matches[best[0]]) if len(best) == 1 else (None, set())
 
 
 def _colour(words: Words) -> str | None:
