@@ -64,17 +64,17 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, se
 def stated_in(caption: str) -> dict[str, str]:
     """The attributes that a caption states, read from its words. Where it could mean two values, it states neither."""
     words = tuple(captions.words(caption))
-    found, used = {}, set()
-    for name in ATTRIBUTES:
+    found = {}
+    rest = words
+    for name in sorted(ATTRIBUTES, key=lambda name: name == "motion"):  # falling snow is no subject that falls
         if name == "colour":
             value, places = _colour(words), set()
         else:
-            value, places = _longest(words, _phrases(name))
+            value, places = _longest(rest if name == "motion" else words, _phrases(name))
         if value is not None:
             found[name] = value
-            used |= places
+            rest = tuple("" if index in places else word for index, word in enumerate(rest))
     # What is left may hold a phrase without its first words: `sunny day` instead of `on a sunny day`.
-    rest = tuple("" if index in used else word for index, word in enumerate(words))
     for name in ATTRIBUTES:
         if name not in (*found, "subject", "colour", "motion"):
             value, _ = _longest(rest, [(value, _core(phrase)) for value, phrase in _phrases(name)])
