@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.folder import ModelFolder
-from training.pca import PatchPCA, psnr
+from training.pca import TEMPORAL_STRIDE, PatchPCA, psnr
 
 Array = np.ndarray
 Encoder = Callable[[Array], Array]
@@ -60,9 +60,11 @@ def choose_encoder(vae: AutoencoderKLWan, pca: PatchPCA, clip: Array) -> tuple[E
         return encode_wan(vae, pixels)[0].float().numpy()
 
     own = encode(clip)
-    linear = pca.encode(clip)
-    if linear.shape == own.shape and ((own - linear) ** 2).mean() < _SAME_SPACE * (linear**2).mean():
-        return pca.encode, "principal components"
+    fits = pca.mean.size == 3 * TEMPORAL_STRIDE * vae.config.scale_factor_spatial**2 and pca.channels == own.shape[1]
+    if fits:
+        linear = pca.encode(clip)
+        if ((own - linear) ** 2).mean() < _SAME_SPACE * (linear**2).mean():
+            return pca.encode, "principal components"
     return encode, "the model's own encoder"
 
 
