@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.test_train_tools import toml_lines
 from tests.training_world import SIZES, make_world, stage_settings
@@ -17,9 +18,12 @@ from training.ablation_report import as_table, verdicts, write_report
 from training.ablation_scores import Seen, summary, windows_at
 from training.compare import BEGIN, END
 from training.curves import Panel, draw
-from training.judge import SHIPPED
+from training.judge import save_judge
+from training.pca import PatchPCA
+from training.probe import READ, AttributeProbe
 from training.settings_file import as_plain, load_settings
 from training.stages import STAGES, run_stage
+from training.world import ATTRIBUTES
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(place / "world")
     run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "ode_pairs", run__steps=1))
     run_stage("ode", stage_settings("ode", world, world / "ode", run__steps=1, pairs=str(world / "ode_pairs")))
+    torch.manual_seed(0)
+    save_judge(world / "judge", AttributeProbe(), PatchPCA.load(world / "pca.npz"), {})
     configs = place / "configs"
     configs.mkdir()
     for name in ("causal", "ode", "dmd", "sid", "gan"):
@@ -42,7 +48,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(world: Path, out: Path, *more: str) -> list[str]:
     folders = {"start": world, "ode": world / "ode", "pairs": world / "ode_pairs", "teacher": world, "data": world}
-    folders |= {"probe": SHIPPED, "configs": world.parent / "configs", "out": out, "document": out / "ablation.md"}
+    folders |= {
+        "probe": world / "judge",
+        "configs": world.parent / "configs",
+        "out": out,
+        "document": out / "ablation.md",
+    }
     given = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
     return [*given, "--seconds", "2.5", "5", "--prompts", "1", "--processes", "1", "--seeds", "3", *more]
 
@@ -144,19 +155,12 @@ def test_marks_lie_in_the_video() -> None:
 
 def test_the_same_videos_are_no_distance_apart() -> None:
     rng = np.random.default_rng(0)
-    names = (*ablation_row_names(), "visible", "contrast", "sharpness", "speed")
+    names = (*ATTRIBUTES, *(f"{name} kept" for name in READ), "visible", "contrast", "sharpness", "speed")
     seen = Seen([dict.fromkeys(names, 0.5)] * 4, {5.0: rng.standard_normal((50, 3))})
     scores = summary(seen, seen)
     assert scores["at"]["5"]["motion"] == 1 and scores["at"]["5"]["distance"] == pytest.approx(0, abs=1e-6)
     moved = Seen(seen.rows, {5.0: seen.features[5.0] + [2, 0, 0]})
     assert summary(moved, seen)["at"]["5"]["distance"] == pytest.approx(4)
-
-
-def ablation_row_names() -> list[str]:
-    from training.probe import READ
-    from training.world import ATTRIBUTES
-
-    return [*ATTRIBUTES, *(f"{name} kept" for name in READ)]
 
 
 def scores(quality: float, distance: float = 1.0) -> dict:
