@@ -65,7 +65,9 @@ def _panel(panel: Panel, x: Sequence[float], x_label: str, colours: Mapping[str,
         parts.append(f'<path d="M0 {level}h{_WIDTH}" stroke="#dddddd"/>')
         parts.append(f'<text x="-6" y="{level + 4}" text-anchor="end">{value:.2f}</text>')
         second = last * step / 4
-        parts.append(f'<text x="{_WIDTH * step / 4}" y="{_HEIGHT + 15}" text-anchor="middle">{second:.0f}</text>')
+        parts.append(
+            f'<text x="{_WIDTH * step / 4}" y="{_HEIGHT + 15}" text-anchor="middle">{second:.{0 if last >= 20 else 1}f}</text>'
+        )
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT + 30}" text-anchor="middle">{escape(x_label)}</text>')
     for name, repetitions in panel.curves.items():
         means = [_mean(values) for values in zip(*repetitions, strict=True)]
