@@ -54,6 +54,7 @@ def _panel(panel: Panel, x: Sequence[float], x_label: str, colours: Mapping[str,
     values = [v for series in panel.curves.values() for one in series for v in one if math.isfinite(v)]
     top = max([1.0, *values])
     last = max(x) or 1.0
+    digits = 0 if last >= 20 else 1
 
     def place(second: float, value: float) -> str:
         return f"{second / last * _WIDTH:.1f} {_HEIGHT * (1 - value / top):.1f}"
@@ -66,7 +67,7 @@ def _panel(panel: Panel, x: Sequence[float], x_label: str, colours: Mapping[str,
         parts.append(f'<text x="-6" y="{level + 4}" text-anchor="end">{value:.2f}</text>')
         second = last * step / 4
         parts.append(
-            f'<text x="{_WIDTH * step / 4}" y="{_HEIGHT + 15}" text-anchor="middle">{second:.{0 if last >= 20 else 1}f}</text>'
+            f'<text x="{_WIDTH * step / 4}" y="{_HEIGHT + 15}" text-anchor="middle">{second:.{digits}f}</text>'
         )
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT + 30}" text-anchor="middle">{escape(x_label)}</text>')
     for name, repetitions in panel.curves.items():
