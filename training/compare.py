@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import SelfForcingPipeline
-from pipeline.errors import SelfForcingError, TrainingError
+from pipeline.errors import TrainingError
+from training import console
 from training.evaluate import make_videos, plan_prompts, real_videos, score
 from training.export import export
 from training.probe import READ, WINDOW, AttributeProbe
@@ -210,12 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings for all trainings")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        compare(options)
-    except SelfForcingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return console.run(lambda: compare(options))
 
 
 if __name__ == "__main__":
