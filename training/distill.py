@@ -14,8 +14,7 @@ from torch import Tensor
 
 from training.draws import Draws
 from training.losses import score_timesteps
-from training.network import load_vae
-from training.ode import clip_shape
+from training.network import check_vae, clip_shape, load_vae
 from training.optim import Trainee
 from training.parallel import Processes
 from training.rollout import Rollout, RolloutPlan
@@ -37,6 +36,13 @@ class DistillStage(Stage[Kind]):
         shape = clip_shape(settings.rollout, settings.network)[1:]
         self.rollout = Rollout(network, settings.rollout, shape, processes.device, processes.compute_dtype)
         self.vae = load_vae(settings.vae, processes.device) if settings.vae else None
+
+    @classmethod
+    def check(cls, settings: Kind) -> None:
+        super().check(settings)
+        _, channels, _, _ = clip_shape(settings.rollout, settings.network)
+        if settings.vae:
+            check_vae("vae", settings.vae, channels)
 
     @abstractmethod
     def captions(self, draws: Draws, purpose: str) -> list[str]:

@@ -19,22 +19,17 @@ from pipeline.errors import TrainingDataError, TrainingError
 from pipeline.sampler import FlowSchedule
 from training.draws import Draws
 from training.losses import clean_loss
-from training.network import network_config
+from training.network import clip_shape
 from training.parallel import Processes
 from training.prompts import open_prompts
 from training.rollout import Rollout, RolloutPlan
 from training.score import ScoreNetwork, solve_ode
-from training.settings import NetworkSettings, RolloutSettings, require
+from training.settings import require
 from training.settings_file import as_plain, first_difference
 from training.stage import Metrics, Stage, check_prompts
 from training.stage_settings import OdePairsSettings, OdeSettings
 
 MARKER = "pairs.json"
-
-
-def clip_shape(settings: RolloutSettings, network: NetworkSettings) -> tuple[int, int, int, int]:
-    """F, C, h, w of the clips a rollout is scored on."""
-    return settings.frames, network_config(network)["in_channels"], settings.height, settings.width
 
 
 class OdePairsStage(Stage[OdePairsSettings]):
@@ -62,6 +57,7 @@ class OdePairsStage(Stage[OdePairsSettings]):
     def check(cls, settings: OdePairsSettings) -> None:
         super().check(settings)
         check_prompts(settings, settings.prompts)
+        clip_shape(settings.rollout, settings.network)
         marker = Path(settings.run.out) / MARKER
         if marker.is_file():
             saved = json.loads(marker.read_text(encoding="utf-8"))["settings"]
