@@ -104,9 +104,7 @@ def clip_shape(settings: RolloutSettings, network: NetworkSettings) -> tuple[int
     config = network_config(network)
     _, rows, columns = config.get("patch_size", DEFAULT_PATCH)
     for name, size, patch in (("height", settings.height, rows), ("width", settings.width, columns)):
-        require(
-            size % patch == 0, f"rollout.{name} is {size}, but must be a multiple of the network's patch, {patch}."
-        )
+        require(size % patch == 0, f"rollout.{name} is {size}, but must be a multiple of the network's patch, {patch}.")
     return settings.frames, config["in_channels"], settings.height, settings.width
 
 

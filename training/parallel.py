@@ -94,7 +94,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     A group that exists already is used and kept: a program may run several stages in it.
 
     Raises:
-        OptionUnavailable: a GPU was asked for and there is none.
+        OptionUnavailable: a GPU was asked for and there is none, or there are fewer than processes.
         InvalidSettings: the batch cannot be shared out, or weights cannot be kept off a GPU that is not there.
     """
     # Raised for every block; nothing here changes what a network returns in place.
@@ -107,7 +107,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if settings.cpu_offload and not gpu:
         raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     joined = dist.is_initialized()
     if joined:
@@ -116,6 +116,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
+    leave = count == 1
     try:
         compute = _COMPUTE[settings.precision]
         yield Processes(
@@ -127,9 +128,23 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
             master_dtype=torch.float64 if compute == torch.float64 else torch.float32,
             cpu_offload=settings.cpu_offload,
         )
+        leave = True
     finally:
-        if not joined:
+        # After an error of one of several, leaving in good order could wait for peers that are gone, or busy.
+        if leave and not joined:
             dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """Number of the GPU that is this process's on its machine."""
+    index, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    wanted = max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted > found:
+        raise OptionUnavailable(
+            f"{wanted} processes were started on this machine, but torch finds {found} GPUs: start one for each GPU "
+            f"(torchrun --nproc-per-node {found}), or set run.device to 'cpu'."
+        )
+    return index
 
 
 def local(tensor: Tensor) -> Tensor:
