@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import GenerationRequest, SelfForcingPipeline
-from pipeline.errors import InvalidSettings
+from pipeline.errors import WeightsError
 from tests.training_world import make_world, stage_settings
 from training import export
 from training.__main__ import main

@@ -76,12 +76,12 @@ class DistillStage(Stage[Kind]):
     def roll(self, draws: Draws, purpose: str, *, gradients: bool) -> Scored:
         """New clips of the generator, cut to the window that is scored, in the dtype of the weights."""
         settings = self.settings.rollout
-        plan = RolloutPlan.draw(settings, draws, purpose)
+        plan = RolloutPlan.random(settings, draws, purpose)
         captions = [self.captions(draws, purpose)]
         if plan.switch_block is not None:
             captions.append(self.captions(draws, f"{purpose}/switched"))
         prompts = [self.embed(group) for group in captions]
-        latents = self.rollout.draw(prompts, plan, draws, purpose, gradients=gradients)
+        latents = self.rollout.with_noise(prompts, plan, draws, purpose, gradients=gradients)
         return scored_window(latents.to(self.processes.master_dtype), plan, settings, prompts, self.vae)
 
     def times(self, draws: Draws, purpose: str, scored: Tensor, shift: float, low: float, high: float) -> Tensor:
@@ -94,4 +94,4 @@ class DistillStage(Stage[Kind]):
     def sample(self, draws: Draws) -> tuple[list[str], Tensor]:
         captions = self.captions(draws, "sample")
         plan = RolloutPlan.full(self.settings.rollout)
-        return captions, self.rollout.draw([self.embed(captions)], plan, draws, "sample", gradients=False)
+        return captions, self.rollout.with_noise([self.embed(captions)], plan, draws, "sample", gradients=False)
