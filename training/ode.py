@@ -174,19 +174,21 @@ class PairFiles:
                 rows.setdefault((step, sample), (path, row, caption))
         if not rows:
             raise TrainingDataError(f"{folder} holds no ODE pairs: make them with the stage ode_pairs.")
-        ordered = [rows[key] for key in sorted(rows)]
-        self._rows = [(path, row) for path, row, _ in ordered]
-        self._captions = [caption for *_, caption in ordered]
+        self._rows = [rows[key] for key in sorted(rows)]
 
     def draw(self, draws: Draws) -> tuple[list[str], Tensor]:
         """Prompts and trajectories [B, K + 1, F, C, h, w], float32."""
-        chosen = [int(rng.integers(len(self._rows))) for rng in draws.own("pair")]
-        states = []
-        for index in chosen:
-            path, row = self._rows[index]
-            with safe_open(path, "pt") as file:
-                states.append(file.get_slice("states")[row : row + 1].float())
-        return [self._captions[index] for index in chosen], torch.cat(states)
+        drawn = [self[int(rng.integers(len(self)))] for rng in draws.own("pair")]
+        return [caption for caption, _ in drawn], torch.stack([states for _, states in drawn])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        """A prompt and its trajectory [K + 1, F, C, h, w], float32."""
+        path, row, caption = self._rows[index]
+        with safe_open(path, "pt") as file:
+            return caption, file.get_slice("states")[row].float()
 
 
 class OdeStage(Stage[OdeSettings]):

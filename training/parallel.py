@@ -107,7 +107,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if settings.cpu_offload and not gpu:
         raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
     if gpu:
-        torch.cuda.set_device(_own_gpu())
+        torch.cuda.set_device(own_gpu())
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     joined = dist.is_initialized()
     if joined:
@@ -135,7 +135,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _own_gpu() -> int:
+def own_gpu() -> int:
     """Number of the GPU that is this process's on its machine."""
     index, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     wanted = max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
