@@ -27,6 +27,7 @@ from training import checkpoints as checkpoints_module
 from training import console, loop, videos
 from training.faults import explained
 from training.network import WEIGHTS_FILE
+from training.ode import OdePairsStage
 from training.optim import Trainee
 from training.settings_file import as_plain
 from training.stages import run_stage
@@ -147,8 +148,15 @@ def test_a_disk_that_is_full_in_the_end_leaves_no_finished_run(
     assert json.loads((tmp_path / "settings.json").read_text())["stage"] == "teacher"
 
 
-def test_a_full_disk_ends_ode_pairs_in_a_sentence(world: Path, tmp_path: Path) -> None:
-    with disk_of(100), pytest.raises(TrainingError, match="cannot be read or written before the first batch"):
+def test_a_full_disk_ends_ode_pairs_in_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = OdePairsStage.run
+
+    def run(stage: OdePairsStage) -> int:
+        with disk_of(100):
+            return solve(stage)
+
+    monkeypatch.setattr(OdePairsStage, "run", run)
+    with pytest.raises(TrainingError, match="cannot be read or written before the first batch"):
         run_stage("ode_pairs", stage_settings("ode_pairs", world, tmp_path))
     assert list(tmp_path.iterdir()) == []
 

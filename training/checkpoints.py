@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -104,6 +105,8 @@ class Checkpoints:
             return 0
         try:
             dcp.load(state, checkpoint_id=str(path))
+        except torch.OutOfMemoryError:
+            raise
         except (CheckpointException, OSError, RuntimeError, KeyError) as error:
             raise WeightsError(
                 f"The checkpoint {path.name} in {self.folder} cannot be read: {_cause(error)}."
