@@ -1,0 +1,5 @@
+import sys
+
+from weights.cli import main
+
+sys.exit(main())
