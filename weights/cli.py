@@ -150,7 +150,7 @@ def download_model(options: argparse.Namespace) -> None:
     for licence, titles in _licences(model).items():
         line = f"{', '.join(titles)}: {licence.name}. {licence.terms}"
         _print({"event": "licence", "text": line}) if options.json else say(line)
-    from weights.install import download  # torch, and the libraries that load with it
+    from weights.install import download  # the HTTP library, which lists can do without
 
     with _shown(options.json) as listener:
         told: list[str] = []

@@ -16,15 +16,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from pipeline.checkpoint import check_state, load_checkpoint, load_tensors, wan_transformer
-from pipeline.errors import DownloadError, WeightsError
+from pipeline.errors import WeightsError
 from pipeline.taehv import TAEHV
 from weights.manifest import Part
+from weights.store import write_whole
 from weights.text_names import umt5_names, unscaled
 
 PIECE_BYTES = 1 << 30
@@ -165,21 +165,3 @@ def write_weights(
 def _is_finite(tensor: Tensor) -> bool:
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit types do not know the question
     return bool(torch.isfinite(wide).all())
-
-
-def write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `out`, then give it its name. After an error nothing is left."""
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise DownloadError(f"{out.name} cannot be written ({error.strerror or error}). Free some space.") from error
-    except SafetensorError as error:  # what it has to say of a full disk is no OSError
-        raise DownloadError(f"{out.name} cannot be written ({error}). Free some space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DownloadError, WeightsError
-from pipeline.folder import index_entries
-from weights.convert import convert_part, write_whole
 from weights.hub import fetch, remote_size, sha256_of
 from weights.manifest import Model, Part, RemoteFile
 from weights.progress import Listener, Meter, gigabytes
-from weights.store import INDEX_FILE, PARTS_FIELD, Store
+from weights.store import INDEX_FILE, PARTS_FIELD, Store, write_whole
 
 SPARE_BYTES = 200_000_000
 """That a disk should have left in the end."""
@@ -61,6 +59,8 @@ def download(model: Model, store: Store, listener: Listener, say: Say) -> Path:
                 fetch_checked(part, file, plan.sizes[part.id][file.name], store, meter, say) for file in part.files
             ]
             meter.stage(f"Converting the {part.kind.replace('_', ' ')}")
+            from weights.convert import convert_part  # torch, for which the first byte need not wait
+
             convert_part(part, sources, store.part_folder(part))
             remember_part(part, store)
             shutil.rmtree(store.download_folder(part), ignore_errors=True)
@@ -152,6 +152,8 @@ def link_model(model: Model, store: Store) -> Path:
 
 
 def _index(model: Model) -> dict[str, object]:
+    from pipeline.folder import index_entries
+
     named = tuple(part.kind for part in model.parts if part.kind != "tokenizer")
     return {**index_entries(named), PARTS_FIELD: [part.id for part in model.parts], "settings": dict(model.settings)}
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from pipeline.errors import DownloadError, WeightsError
 from weights.hub import PARTIAL
@@ -172,6 +173,24 @@ class Store:
             if self.record(part):  # what was downloaded is remembered: the next time it must be the same
                 self.remember(part, files={})
         return freed
+
+
+def write_whole(out: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `out`, then give it its name. After an error nothing is left."""
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise DownloadError(f"{out.name} cannot be written ({error.strerror or error}). Free some space.") from error
+    except SafetensorError as error:  # what it has to say of a full disk is no OSError
+        raise DownloadError(f"{out.name} cannot be written ({error}). Free some space.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _size(path: Path) -> int | None:
