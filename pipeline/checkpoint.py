@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -59,9 +60,12 @@ def load_tensors(path: str | Path) -> Mapping[str, Any]:
             return load_file(path)
         # Only the zip archives of newer versions of torch can be mapped.
         loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise WeightsError(f"{name} is damaged or not a checkpoint of plain tensors, so it was not loaded.") from error
-    except OSError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, OSError) as error:
+        # A file that is cut off may send its reader to places before its beginning, which is EINVAL.
+        if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
+            raise WeightsError(
+                f"{name} is damaged or not a checkpoint of plain tensors, so it was not loaded."
+            ) from error
         raise WeightsError(f"{name} cannot be read: {error.strerror}.") from error
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{name} holds a {type(loaded).__name__}, not a dictionary of tensors.")
