@@ -25,6 +25,15 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 GOLDEN = Path(__file__).parent / "data" / "golden"
 REPOSITORY, REVISION = "somebody/small", "0123456789abcdef0123456789abcdef01234567"
 
+PROGRAM_WITH_SMALL_PIECES = """
+import sys
+import huggingface_hub.constants as constants
+constants.DOWNLOAD_CHUNK_SIZE = 4096
+from weights.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""`python -m weights`, for `python -c`, that notices the end of a connection in the middle of a small file."""
+
 
 @dataclass
 class Hub:

@@ -25,7 +25,7 @@ from transformers import UMT5EncoderModel
 from pipeline import GenerationRequest, SelfForcingPipeline
 from pipeline.checkpoint import transformer_from_wan
 from pipeline.errors import DownloadError, WeightsError
-from tests.hub import Hub, golden_weights, point_to, published_files, write_published
+from tests.hub import PROGRAM_WITH_SMALL_PIECES, Hub, golden_weights, point_to, published_files, write_published
 from tests.waiting import wait_until
 from weights import cli, install
 from weights import hub as hub_module
@@ -354,21 +354,12 @@ def test_a_disk_that_fills_up_while_converting_leaves_the_download(hub: Hub, sto
     assert not [path for _, path, _ in hub.requests if path.endswith(BIG)], "it was there already"
 
 
-SLOW_CHILD = """
-import sys
-import huggingface_hub.constants as constants
-constants.DOWNLOAD_CHUNK_SIZE = 4096
-from weights.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_download_goes_on(hub: Hub, store: Store, model: Model, published: Path, number: int) -> None:
     hub.bytes_per_second = 200_000
     arguments = ["download", "small", "--json", "--home", str(store.home), "--manifest", str(published)]
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW_CHILD, *arguments],
+        [sys.executable, "-c", PROGRAM_WITH_SMALL_PIECES, *arguments],
         cwd=ROOT,
         env=os.environ | {"HF_ENDPOINT": hub.url},
         stdout=subprocess.PIPE,

@@ -45,6 +45,7 @@ class Downloads:
     def __init__(self, store: Store, manifest: Path = MANIFEST_FILE) -> None:
         self._store = store
         self._manifest = manifest
+        self.program = [sys.executable, "-m", "weights"]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self.state: DownloadState | None = None
@@ -52,7 +53,7 @@ class Downloads:
 
     def start(self, model_id: str) -> None:
         """Raises `InvalidRequest` if one goes on, `DownloadError` if the program cannot be started."""
-        command = [sys.executable, "-m", "weights", "download", model_id, "--json"]
+        command = [*self.program, "download", model_id, "--json"]
         command += ["--home", str(self._store.home.absolute()), "--manifest", str(self._manifest.absolute())]
         with self._lock:
             if self.state is not None and self.state.running:
