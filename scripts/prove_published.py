@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from weights.manifest import load_manifest  # noqa: E402
 
 INFIX = "model._fsdp_wrapped_module."
 TEXT_LAYERS, TEXT_WORDS = 2, 12
-HEIGHT, WIDTH = 64, 96
+HEIGHT, WIDTH = 32, 48
 
 
 def main() -> None:
@@ -288,10 +289,12 @@ def prove_video(folder: Path, blocks: int) -> dict[str, Any]:
     seconds = pipe.spec.frames_in(blocks) / pipe.spec.fps
     request = GenerationRequest(prompt="a red balloon rises over the mountains", seed=7, seconds=seconds)
     first = list(pipe.stream(request))
-    again = list(pipe.stream(request))
-    taehv = list(pipe.stream(GenerationRequest(prompt=request.prompt, seed=7, seconds=seconds / blocks, taehv=True)))
+    # The same and with the other decoder, one block each.
+    short = GenerationRequest(prompt=request.prompt, seed=7, seconds=pipe.spec.frames_in(1) / pipe.spec.fps)
+    again = list(pipe.stream(short))
+    taehv = list(pipe.stream(replace(short, taehv=True)))
     shapes = [list(block.frames.shape) for block in first]
-    same = all((one.frames == two.frames).all() for one, two in zip(first, again, strict=True))
+    same = (first[0].frames == again[0].frames).all()
     return {
         "blocks": shapes,
         "pixel_spread": [round(float(block.frames.std()), 2) for block in (*first, *taehv)],

@@ -65,7 +65,7 @@ def settings(value: object) -> dict:
     """What an answer changes of a component."""
     if not isinstance(value, dict):
         return {"value": value}
-    return {name: item for name, item in (value.get("props") or value).items() if name != "__type__"}
+    return {**value, **value.get("props", {})}
 
 
 def card(values: list) -> str:
@@ -83,6 +83,12 @@ def seen(values: list) -> str:
     return settings(values[-5])["value"]
 
 
+def get(site: Server, name: str) -> None:
+    """Download a model, in this program: a second one would load torch for seconds."""
+    model = load_manifest(site.choices.manifest_file).model(name)
+    download(model, site.choices.store, lambda progress: None, lambda line: None)
+
+
 def test_what_is_offered_and_what_it_costs(site: Server) -> None:
     assert site.run("own", name="show") == site.run("own", name="show")
     assert "In use" in card(site.run("own", name="show")[-1])
@@ -91,12 +97,11 @@ def test_what_is_offered_and_what_it_costs(site: Server) -> None:
     assert visible(values) == [False, True, False]
 
 
-def test_download_use_and_tell(site: Server, hub: Hub) -> None:
+def test_a_model_that_came_can_be_used_and_everybody_is_told(site: Server, hub: Hub) -> None:
     first = seen(site.call("look", "small", "0"))
     again = site.call("look", "small", first)
     assert card(again) == "" and visible(again) == [None] * 3, "what is the same is not drawn again"
-    site.run("small", name="start_download")
-    wait_until(lambda: not site.page.ui.models.downloads.state.running, 120)
+    get(site, "small")
     values = site.call("look", "small", first)
     assert "It is here" in card(values) and visible(values) == [True, False, False]
     values = site.run("small", name="switch")
@@ -111,8 +116,7 @@ def test_download_use_and_tell(site: Server, hub: Hub) -> None:
 
 
 def test_a_model_that_does_not_load_leaves_the_old_one(site: Server, hub: Hub) -> None:
-    manifest = load_manifest(site.choices.manifest_file)
-    download(manifest.model("other"), site.choices.store, lambda progress: None, lambda line: None)
+    get(site, "other")
     with pytest.raises(Refused, match=r"could not be loaded \(RuntimeError\)"):
         site.run("other", name="switch")
     assert site.page.generator.pipeline.name == "from own"
