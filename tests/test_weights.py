@@ -376,7 +376,7 @@ def test_a_killed_download_goes_on(hub: Hub, store: Store, model: Model, publish
     hub.bytes_per_second = None
     hub.requests.clear()
     get(model, store)
-    assert [wanted for _, path, wanted in hub.requests if path.endswith(BIG)] == [f"bytes={begun}-"], hub.requests
+    assert f"bytes={begun}-" in [wanted for _, path, wanted in hub.requests if path.endswith(BIG)]
     assert store.presence(model) == "present"
 
 
