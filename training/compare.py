@@ -1,8 +1,9 @@
-"""Do DMD, SiD and GAN improve the network they start from? `python -m training.compare --minutes 20 --seeds 0 1`.
+"""Do DMD, SiD and GAN improve the network they start from? `python -m training.compare --steps 240 --seeds 0 1`.
 
-Each of them trains from the same start for the same time on the same cores. Before and after, clips of held-out
-prompts are scored: how many attributes of the prompt the probe finds in them, and how far its features of their
-frames are from those of real clips of the same prompts (a Frechet distance). The table goes into `docs/training.md`.
+Each of them trains from the same start for the same number of steps. Before and after, clips of held-out prompts are
+scored: how many attributes of the prompt the probe finds in them, and how far its features of their frames are from
+those of real clips of the same prompts (a Frechet distance). The table goes into `docs/training.md`, with the
+processor time each run took: other programs on the machine change that little, and the weights not at all.
 What is finished is not done again, so a broken comparison goes on where it was.
 """
 
@@ -11,17 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import SelfForcingPipeline
-from pipeline.errors import SelfForcingError, TrainingError
+from pipeline.errors import TrainingError
+from training import console
 from training.evaluate import make_videos, plan_prompts, real_videos, score
 from training.export import export
 from training.probe import READ, WINDOW, AttributeProbe
@@ -35,8 +39,7 @@ ATTRIBUTES = (*READ, "motion")
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 FRAME_STEP = 4
 """Every so-manieth frame counts for the distance; those between are nearly the same."""
-EVALUATION_SEED = 11
-MANY_STEPS = 10**6
+EVALUATION_SEED, OTHER_CLIPS = 11, 10**8
 
 
 def frechet_distance(one: Array, two: Array) -> float:
@@ -67,14 +70,23 @@ def judge(run: Path, data: Path, prompts: int) -> dict[str, float]:
     return scores | {"distance": frechet_distance(features(probe, videos), features(probe, real))}
 
 
+def judge_real(data: Path, prompts: int) -> dict[str, float]:
+    """The same scores of real clips, against other real clips of the same prompts: what can be reached at all."""
+    probe = AttributeProbe.load(data / "probe")
+    asked = plan_prompts(prompts, EVALUATION_SEED)
+    others = [replace(prompt, seed=prompt.seed + OTHER_CLIPS) for prompt in asked]
+    one, two = real_videos(asked), real_videos(others)
+    scores = score([probe.read(video) for video in two], asked)
+    return scores | {"distance": frechet_distance(features(probe, two), features(probe, one))}
+
+
 def train(method: str, seed: int, options: argparse.Namespace) -> Path:
     """Train with a method, unless that is done; returns the run's folder."""
     out = options.out / f"{method}-{seed}"
     if not (out / "settings.json").is_file():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
-        overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.minutes={options.minutes:g}"]
-        # Time decides when to stop, not the number of steps.
-        overrides += [f"network.init={json.dumps(str(options.start))}", f"run.steps={MANY_STEPS}", *options.set]
+        overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.steps={options.steps}"]
+        overrides += [f"network.init={json.dumps(str(options.start))}", *options.set]
         if method != "gan":
             overrides.insert(0, f"score.teacher.init={json.dumps(str(options.teacher))}")
         settings = options.configs / f"embedded_{method}.toml"
@@ -87,9 +99,29 @@ def train(method: str, seed: int, options: argparse.Namespace) -> Path:
             str(settings),
         ]
         logger.info("%s, seed %d", method, seed)
-        if subprocess.run([*command, *overrides], check=False).returncode:
+        before = _processor_minutes()
+        failed = subprocess.run([*command, *overrides], check=False).returncode
+        _add_minutes(out, _processor_minutes() - before)
+        if failed:
             raise TrainingError(f"The training of {method} with seed {seed} failed; what it said stands above.")
     return out
+
+
+def _processor_minutes() -> float:
+    """Of all ended programs that this one started, over all cores."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
+def _add_minutes(run: Path, minutes: float) -> None:
+    """Count time that a run took, also over several starts."""
+    path = _minutes_file(run)
+    spent = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+    path.write_text(json.dumps(round(spent + minutes, 2)), encoding="utf-8")
+
+
+def _minutes_file(run: Path) -> Path:
+    return run.with_name(f"{run.name}-minutes.json")
 
 
 def judged(run: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -97,21 +129,28 @@ def judged(run: Path, options: argparse.Namespace) -> dict[str, float]:
     path = options.out / f"{run.name}-{options.prompts}.json"
     if not path.is_file():
         path.write_text(json.dumps(judge(run, options.data, options.prompts)), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    spent = _minutes_file(options.out / run.name)
+    return scores | ({"minutes": json.loads(spent.read_text(encoding="utf-8"))} if spent.is_file() else {})
 
 
-def as_table(start: Mapping[str, float], results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
-    """A Markdown table: the start, and each method's seeds, with whether both measures became better in all of them."""
+def as_table(
+    start: Mapping[str, float],
+    results: Mapping[str, Mapping[int, Mapping[str, float]]],
+    real: Mapping[str, float] | None = None,
+) -> str:
+    """A Markdown table: the start, each method's seeds with what became better, and real clips for comparison."""
 
     def following(scores: Mapping[str, float]) -> float:
         return float(np.mean([scores[name] for name in ATTRIBUTES]))
 
-    header = ["", *ATTRIBUTES, "prompt following", "distance to real clips", "improved"]
+    header = ["", *ATTRIBUTES, "prompt following", "distance to real clips", "improved", "processor minutes"]
     rows = [header, ["---"] * len(header)]
 
     def row(label: str, scores: Mapping[str, float], improved: str) -> list[str]:
         values = [f"{scores[name]:.2f}" for name in ATTRIBUTES]
-        return [label, *values, f"{following(scores):.3f}", f"{scores['distance']:.2f}", improved]
+        spent = f"{scores['minutes']:.0f}" if "minutes" in scores else ""
+        return [label, *values, f"{following(scores):.3f}", f"{scores['distance']:.2f}", improved, spent]
 
     rows.append(row("ODE start", start, ""))
     for method, seeds in results.items():
@@ -119,6 +158,8 @@ def as_table(start: Mapping[str, float], results: Mapping[str, Mapping[int, Mapp
             better = [following(scores) > following(start), scores["distance"] < start["distance"]]
             said = {(True, True): "both", (True, False): "following", (False, True): "distance", (False, False): "no"}
             rows.append(row(f"{method.upper()}, seed {seed}", scores, said[better[0], better[1]]))
+    if real is not None:
+        rows.append(row("real clips", real, ""))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -144,10 +185,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         for method in options.methods
     }
     caption = (
-        f"{options.minutes:g} minutes each on {options.processes} processes; {options.prompts} held-out prompts, the "
-        "same for all; seeds are those of the training.\n"
+        f"{options.steps} steps each on {options.processes} processes; {options.prompts} held-out prompts, the "
+        "same for all; seeds are those of the training. Processor minutes are those of both cores together.\n"
     )
-    put_into(options.document, f"{caption}\n{as_table(start, results)}")
+    real = judge_real(options.data, options.prompts)
+    put_into(options.document, f"{caption}\n{as_table(start, results, real)}")
     return {"start": start, **results}
 
 
@@ -162,19 +204,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--configs", type=Path, default=Path("training/configs"))
     parser.add_argument("--document", type=Path, default=Path("docs/training.md"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, default=240, help="of the critic; the generator moves in every second")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings for all trainings")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        compare(options)
-    except SelfForcingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return console.run(lambda: compare(options))
 
 
 if __name__ == "__main__":

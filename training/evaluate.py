@@ -1,8 +1,8 @@
-"""Score a model folder: `python -m training.evaluate weights/embedded --prompts 64 --json`.
+"""Score a model folder: `python -m training.evaluate weights/embedded --json`.
 
-Prompts are full captions of combinations that training never rendered. The probe reads what the generated videos show;
-its readings of real clips of the same prompts are the ceiling. Long videos are read window by window, so that drift,
-loss of the subject and freezing show.
+Prompts are full captions of combinations that training never rendered, or the lines of a file. A probe, trained on real
+clips alone, reads what the videos show; its readings of real clips of the same prompts are the ceiling. A few long
+videos show drift (`drift.py`). Nothing is needed but the model and `weights/probe`.
 """
 
 from __future__ import annotations
@@ -10,254 +10,271 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from pipeline import GenerationRequest
-from training.captions import make_caption
-from training.data import ClipDataset
-from training.pca import PatchPCA, psnr
-from training.probe import WINDOW, AttributeProbe, WindowReading, agreement, held_out_clips
+from pipeline.config import SECONDS_RANGE, ModelSpec
+from training import console
+from training.asked import Prompt, plan_prompts, read_prompts
+from training.drift import drift_report, flicker, measure, motion_report, rows
+from training.filming import Crew, Film, Generator, film_with, frames_per_second, make_videos, real_video
+from training.judge import SHIPPED, Judge, load_judge
+from training.probe import WINDOW, AttributeProbe, WindowReading
+from training.report import as_table, rounded
+from training.sharpness import choose_encoder, decoder_psnr, model_decoders
 from training.sheets import save_sheet
-from training.world import ATTRIBUTES, FPS, ClipParams, render, sample_params
+from training.world import ATTRIBUTES, FPS, HEIGHT, WIDTH
+
+__all__ = ["Prompt", "evaluate", "make_videos", "plan_prompts", "real_videos", "score"]
 
 Array = np.ndarray
-Decoder = Callable[[Array], Array]
-"""Latents float [F, C, h, w] -> frames float [T, H, W, 3] in 0..1."""
 
-_FROZEN = 2e-4
-"""Mean change of a pixel between frames, of 1, below which a window of a moving subject counts as frozen."""
-
-
-class _HasFrames(Protocol):
-    frames: Array
-
-
-class Generator(Protocol):
-    """What is scored: a pipeline, or anything that answers a request with uint8 frames [T, H, W, 3]."""
-
-    def generate(self, request: GenerationRequest) -> _HasFrames: ...
+REPORTED = tuple(dict.fromkeys(("scene", "time", "weather", "subject", "colour", "motion", *ATTRIBUTES)))
+"""The attributes of a report; null where this world has none of that name."""
+SHEET_CLIPS, PSNR_CLIPS, PSNR_SEED, FPS_SECONDS = 24, 20, 900, 5.0
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A caption, what it asks for, and the seed of its video."""
+class Scores:
+    """What is read from one clip for each prompt.
 
-    caption: str
-    params: ClipParams
-    seed: int
+    Attributes:
+        readings: one for each prompt.
+        shown: the first few videos.
+        size: height and width of them all.
+    """
 
-
-def plan_prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """Full captions of held-out combinations, the same ones for the same seed."""
-    rng = np.random.default_rng(seed)
-    prompts = []
-    for index in range(count):
-        params = sample_params(rng, split="held_out")
-        prompts.append(Prompt(make_caption(params, rng, full=True)[0], params, seed * 10_000 + index))
-    return prompts
-
-
-def make_videos(generator: Generator, prompts: Sequence[Prompt], seconds: float, taehv: bool = False) -> list[Array]:
-    """One video for each prompt, at the world's native rate."""
-    return [
-        generator.generate(
-            GenerationRequest(prompt=prompt.caption, seed=prompt.seed, seconds=seconds, fps=FPS, taehv=taehv)
-        ).frames
-        for prompt in prompts
-    ]
+    readings: list[WindowReading]
+    shown: list[Array]
+    size: tuple[int, int]
 
 
 def real_videos(prompts: Sequence[Prompt], num_frames: int = WINDOW) -> list[Array]:
-    """Rendered clips, uint8, of what the prompts ask for."""
-    return [(render(prompt.params, prompt.seed, num_frames)[0] * 255 + 0.5).astype(np.uint8) for prompt in prompts]
+    """Rendered clips of the world's own size, uint8 [T, H, W, 3], of what the prompts ask for."""
+    return [real_video(prompt, num_frames, HEIGHT, WIDTH) for prompt in prompts]
 
 
 def score(readings: Sequence[WindowReading], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Agreement by attribute, the share of frames with a visible subject, and the mean speed of moving subjects."""
-    moving = [r.speed for r, p in zip(readings, prompts, strict=True) if p.params.motion != "still"]
-    return agreement(list(readings), [prompt.params for prompt in prompts]) | {
-        "visible": float(np.mean([reading.visible for reading in readings])),
-        "speed": float(np.mean(moving)) if moving else float("nan"),
-    }
+    """Share of readings that name what the prompt states, by attribute, 0..1; NaN for what none states.
+
+    Also `visible`, the share of frames with a subject, and `speed`, the mean speed of subjects that should move, in
+    frame heights a frame.
+    """
+    pairs = list(zip(readings, prompts, strict=True))
+    scores = {}
+    for name in ATTRIBUTES:
+        right = [r.attributes.get(name) == getattr(p.params, name) for r, p in pairs if name in p.stated]
+        scores[name] = float(np.mean(right)) if right else float("nan")
+    moving = [r.speed for r, p in pairs if "motion" in p.stated and p.params.motion != "still"]
+    scores["visible"] = float(np.mean([reading.visible for reading in readings]))
+    scores["speed"] = float(np.mean(moving)) if moving else float("nan")
+    return scores
 
 
 def by_value(readings: Sequence[WindowReading], prompts: Sequence[Prompt], name: str) -> dict[str, str]:
     """For each value of one attribute: how many were right, of how many."""
     counts: dict[str, list[bool]] = {}
     for reading, prompt in zip(readings, prompts, strict=True):
-        asked = getattr(prompt.params, name)
-        counts.setdefault(asked, []).append(reading.attributes[name] == asked)
+        if name in prompt.stated:
+            asked = getattr(prompt.params, name)
+            counts.setdefault(asked, []).append(reading.attributes.get(name) == asked)
     return {value: f"{sum(right)}/{len(right)}" for value, right in sorted(counts.items())}
 
 
-def score_windows(probe: AttributeProbe, videos: Sequence[Array], prompts: Sequence[Prompt]) -> list[dict[str, float]]:
-    """Scores of each window of long videos, with what shows drift: contrast, edges and motion of the pixels."""
-    windows = min(len(video) for video in videos) // WINDOW
-    moving = np.array([prompt.params.motion != "still" for prompt in prompts])
-    rows = []
-    for window in range(windows):
-        parts = [video[window * WINDOW : (window + 1) * WINDOW] for video in videos]
-        row = score([probe.read(part) for part in parts], prompts)
-        pixels = [part.astype(np.float32) / 255 for part in parts]
-        changes = np.array([np.abs(np.diff(p, axis=0)).mean() for p in pixels])
-        row["contrast"] = float(np.mean([p.std() for p in pixels]))
-        row["edges"] = float(np.mean([np.abs(np.diff(p, axis=2)).mean() for p in pixels]))
-        row["change"] = float(changes.mean())
-        row["frozen"] = float((changes[moving] < _FROZEN).mean()) if moving.any() else 0.0
-        rows.append(row)
-    return rows
+def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> Scores:
+    """The first window of each video, read as it comes: not all of them fit in memory."""
+    readings, shown, size = [], [], (0, 0)
+    for video in videos:
+        readings.append(probe.read(video[:WINDOW]))
+        size = (video.shape[1], video.shape[2])
+        if len(shown) < SHEET_CLIPS:
+            shown.append(video)
+    return Scores(readings, shown, size)
 
 
-def decoder_psnr(decoders: Mapping[str, Decoder], pca: PatchPCA, clips: int = 20) -> dict[str, float]:
-    """PSNR in dB of each decoder on the latents of real held-out clips, over all pixels."""
-    sums = dict.fromkeys(decoders, 0.0)
-    for _, frames in held_out_clips(clips):
-        latents = pca.encode(frames)
-        for name, decode in decoders.items():
-            sums[name] += psnr(decode(latents), frames.astype(np.float32) / 255) / clips
-    return sums
-
-
-def stream_decoders(folder: Path) -> dict[str, Decoder]:
-    """The decoders that a model folder holds."""
-    from diffusers import AutoencoderKLWan
-
-    from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
-    from pipeline.taehv import TAEHV
-
-    def whole_clip(decoder: StreamDecoder) -> Decoder:
-        def decode(latents: Array) -> Array:
-            decoder.reset()
-            frames = decoder.decode(torch.from_numpy(np.ascontiguousarray(latents, dtype=np.float32))[None])
-            return frames[0].permute(0, 2, 3, 1).float().numpy()
-
-        return decode
-
-    decoders: dict[str, Decoder] = {}
-    if (folder / "vae").is_dir():
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
-        decoders["wan"] = whole_clip(WanStreamDecoder(vae))
-    if (folder / "taehv").is_dir():
-        taehv = TAEHV.from_pretrained(folder / "taehv", torch_dtype=torch.float32).eval()
-        decoders["taehv"] = whole_clip(TaehvStreamDecoder(taehv))
-    return decoders
-
-
-def evaluate(
-    generator: Generator,
-    probe: AttributeProbe,
-    prompts: Sequence[Prompt],
-    long_prompts: Sequence[Prompt] = (),
-    long_seconds: float = 20.0,
-    taehv: bool = False,
-    sheet: Path | None = None,
-) -> dict[str, Any]:
-    """Score prompt following on clips of one window, and drift on a few long videos.
+def follow_prompts(film: Film, probe: AttributeProbe, prompts: Sequence[Prompt], sheet: Path | None) -> dict[str, Any]:
+    """Prompt following on clips of one window (two seconds).
 
     Returns:
-        a report of plain numbers; `relative` are the raw scores divided by those of real clips of the same prompts.
+        `prompt_following`, `ceiling` (the same of real clips of the prompts) and `relative`, the one divided by the
+        other, each by attribute; `seen`: share of frames with a subject, and speed, of both; `by_value`.
     """
-    seconds = WINDOW / FPS
-    started = time.perf_counter()
-    videos = make_videos(generator, prompts, seconds, taehv)
-    elapsed = time.perf_counter() - started
-    readings = [probe.read(video[:WINDOW]) for video in videos]
-    raw = score(readings, prompts)
-    ceiling = score([probe.read(video) for video in real_videos(prompts)], prompts)
-    report: dict[str, Any] = {
-        "prompts": len(prompts),
-        "prompt_following": raw,
-        "ceiling": ceiling,
-        "relative": {name: raw[name] / max(ceiling[name], 1e-6) for name in ATTRIBUTES},
-        "by_value": {name: by_value(readings, prompts, name) for name in ("subject", "colour", "motion")},
-        "video_fps": sum(len(video) for video in videos) / elapsed,
-    }
-    long_videos = make_videos(generator, long_prompts, long_seconds, taehv)
-    if long_videos:
-        report["long_prompts"] = len(long_prompts)
-        report["windows"] = score_windows(probe, long_videos, long_prompts)
+    generated = read_clips(probe, tqdm(film(prompts, WINDOW / FPS), "clips", len(prompts), disable=None))
+    real = [probe.read(real_video(prompt, WINDOW, *generated.size)) for prompt in prompts]
+    raw, ceiling = score(generated.readings, prompts), score(real, prompts)
     if sheet is not None:
-        save_sheet(sheet, videos[:24], [prompt.caption for prompt in prompts[:24]])
-        if long_videos:
-            captions = [prompt.caption for prompt in long_prompts]
-            save_sheet(sheet.with_stem(f"{sheet.stem}_long"), long_videos, captions, columns=12)
-    return report
+        save_sheet(sheet, generated.shown, [prompt.caption for prompt in prompts[:SHEET_CLIPS]])
+
+    def attributes(scores: dict[str, float]) -> dict[str, float]:
+        return {name: scores.get(name, float("nan")) for name in REPORTED}
+
+    return {
+        "prompt_following": attributes(raw),
+        "ceiling": attributes(ceiling),
+        "relative": attributes({name: raw[name] / max(ceiling[name], 1e-6) for name in ATTRIBUTES}),
+        "seen": {name: {"generated": raw[name], "real": ceiling[name]} for name in ("visible", "speed")},
+        "by_value": {name: by_value(generated.readings, prompts, name) for name in ATTRIBUTES},
+        "size": generated.size,
+    }
 
 
-def rounded(value: Any, digits: int = 4) -> Any:
-    """The same report with rounded numbers; what is not a number becomes None, so that it stays valid JSON."""
-    if isinstance(value, dict):
-        return {key: rounded(entry, digits) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [rounded(entry, digits) for entry in value]
-    if isinstance(value, float):
-        return round(value, digits) if np.isfinite(value) else None
-    return value
+def follow_time(
+    film: Film,
+    spec: ModelSpec,
+    probe: AttributeProbe,
+    prompts: Sequence[Prompt],
+    seconds: float,
+    sheet: Path | None,
+) -> dict[str, Any]:
+    """`drift` and `motion` of long videos, see `drift.py`; None of them without prompts."""
+    if not prompts:
+        return {"drift": None, "motion": None}
+    generated, real, videos = [], [], []
+    films = tqdm(film(prompts, seconds), "long videos", len(prompts), disable=None)
+    for prompt, video in zip(prompts, films, strict=True):
+        videos.append(video)
+        generated.append(measure(probe, video))
+        real.append(measure(probe, real_video(prompt, *video.shape[:3])))
+    if sheet is not None:
+        save_sheet(sheet, videos, [prompt.caption for prompt in prompts], columns=12)
+    shown, asked = rows(generated, prompts), rows(real, prompts)
+    drift = drift_report(shown, asked)
+    length = {"seconds": len(videos[0]) / FPS, "prompts": len(prompts)}
+    return {
+        "drift": {**length, **drift, "flicker": flicker(videos, spec), "following": _following(shown)},
+        "motion": motion_report(shown, asked),
+    }
 
 
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report for people."""
-
-    def row(label: str, values: Mapping[str, float], names: Sequence[str]) -> str:
-        return f"{label:<12}" + "".join(f"{values[name]:>9.3f}" if name in values else " " * 9 for name in names)
-
-    names = [*ATTRIBUTES, "visible", "speed"]
-    lines = [" " * 12 + "".join(f"{name:>9}" for name in names)]
-    lines += [row(key, report[key], names) for key in ("prompt_following", "ceiling", "relative")]
-    lines[1] = lines[1].replace("prompt_following", "generated   ")
-    for name, values in report["by_value"].items():
-        lines.append(f"{name}: " + ", ".join(f"{value} {count}" for value, count in values.items()))
-    if "windows" in report:
-        names = [*names, "contrast", "edges", "change", "frozen"]
-        lines += ["", f"{'window':<12}" + "".join(f"{name:>9}" for name in names)]
-        lines += [row(str(index), values, names) for index, values in enumerate(report["windows"])]
-    lines.append("")
-    lines += [f"{name} decoder: {value:.2f} dB" for name, value in report.get("decoder_psnr", {}).items()]
-    lines.append(f"{report['prompts']} prompts, {report['video_fps']:.1f} video frames per second")
-    return "\n".join(lines)
+def _following(windows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Share of long videos that show what was asked for, by attribute and window."""
+    return {name: [row[name] for row in windows] for name in ATTRIBUTES}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score a model of the procedural world.")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--long-prompts", type=int, default=8)
-    parser.add_argument("--long-seconds", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--taehv", action="store_true", help="decode with TAEHV")
-    parser.add_argument("--data", type=Path, default=Path("training/cache"), help="data set folder, for decoder PSNR")
-    parser.add_argument("--probe", type=Path, default=Path("training/cache/probe"))
-    parser.add_argument("--sheet", type=Path, default=Path("outputs/evaluation.png"))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object last")
-    arguments = parser.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+def sharpness(folder: Path, judge: Judge, size: tuple[int, int], clips: int) -> dict[str, Any]:
+    """`psnr` of both decoders in dB, null for one that the folder does not hold, and what encoded the clips."""
+    vae, decoders = model_decoders(folder)
+    real = [real_video(prompt, WINDOW, *size) for prompt in plan_prompts(clips, PSNR_SEED)]
+    encode, name = choose_encoder(vae, judge.pca, real[0])
+    return {"psnr": {"wan": None, "taehv": None, **decoder_psnr(decoders, encode, real)}, "psnr_encoder": name}
+
+
+def notes(generator: Generator, judge: Judge, prompts: Sequence[Prompt], size: tuple[int, int]) -> list[str]:
+    """What makes the scores less sure: one sentence each."""
+    found = []
+    read = (judge.probe.config.height, judge.probe.config.width)
+    if size != read:
+        found.append(
+            f"The model draws {size[1]}x{size[0]} pixels, but the probe learnt {read[1]}x{read[0]}: frames are resized."
+        )
+    unknown = sorted({word for prompt in prompts for word in generator.unknown_words(prompt.caption)})
+    if unknown:
+        found.append(
+            f"The model was made for another world: it does not know {len(unknown)} words of the prompts "
+            f"({', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''})."
+        )
+    if not any(prompt.stated for prompt in prompts):
+        found.append("No prompt states anything that the probe could read: prompt following is not scored.")
+    return found
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Make the videos and score them; see the README for what is in the report.
+
+    Raises:
+        SelfForcingError: the model, the probe or the prompts cannot be used.
+    """
+    judge = load_judge(options.probe)
+    from transformers.utils import logging as transformers_logging
+
     from pipeline import SelfForcingPipeline
 
-    report = evaluate(
-        SelfForcingPipeline.from_pretrained(arguments.model),
-        AttributeProbe.load(arguments.probe),
-        plan_prompts(arguments.prompts, arguments.seed),
-        plan_prompts(arguments.long_prompts, arguments.seed + 1),
-        arguments.long_seconds,
-        arguments.taehv,
-        arguments.sheet,
+    transformers_logging.disable_progress_bar()
+    generator = SelfForcingPipeline.from_pretrained(options.model)
+    if options.prompts_file is None:
+        prompts = plan_prompts(options.prompts, options.seed)
+        long_prompts = plan_prompts(options.long_prompts, options.seed + 1)
+    else:
+        tokenizer, length = generator.text.tokenizer, generator.spec.text_len
+        prompts = read_prompts(options.prompts_file, tokenizer, length, options.seed)[: options.prompts]
+        long_prompts = prompts[: options.long_prompts]
+    report: dict[str, Any] = {"model": generator.spec.name, "prompts": len(prompts)}
+    fps = frames_per_second(generator, prompts[0], min(FPS_SECONDS, options.long_seconds), options.taehv)
+    processes = options.processes or (1 if generator.device.type != "cpu" else min(torch.get_num_threads(), 4))
+    sheets = [options.sheet, options.sheet.with_stem(f"{options.sheet.stem}_long")][: 2 if long_prompts else 1]
+    alone = nullcontext(film_with(generator, options.taehv))
+    with alone if processes == 1 else Crew(options.model, processes, options.taehv) as film:
+        report |= follow_prompts(film, judge.probe, prompts, sheets[0])
+        report |= follow_time(film, generator.spec, judge.probe, long_prompts, options.long_seconds, sheets[-1])
+    report |= sharpness(options.model, judge, report["size"], min(PSNR_CLIPS, len(prompts)))
+    told = notes(generator, judge, prompts, report.pop("size"))
+    return report | {
+        "fps": fps,
+        "probe_held_out": judge.held_out,
+        "sheets": [str(path) for path in sheets],
+        "notes": told,
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description="Score a model folder: prompt following, drift, motion, sharpness and speed.",
+        epilog="Prints a table, writes contact sheets; needs nothing but the model and the probe in weights/probe.",
     )
-    decoders = stream_decoders(arguments.model)
-    if decoders:
-        report["decoder_psnr"] = decoder_psnr(decoders, ClipDataset(arguments.data).pca)
-    sys.stdout.write(as_table(report) + "\n")
-    if arguments.json:
-        sys.stdout.write(json.dumps(rounded(report)) + "\n")
+    count = console.whole_number
+    parser.add_argument("model", type=Path, help="the model folder, for example weights/embedded")
+    parser.add_argument("--prompts", type=count(1), default=256, help="clips of two seconds to score, one a prompt")
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        help="a text file with one prompt a line, instead of captions of held-out combinations; what a line states is "
+        "read from its words, and only that is scored",
+    )
+    parser.add_argument("--long-prompts", type=count(0), default=4, help="long videos, for drift and motion; 0: none")
+    parser.add_argument("--long-seconds", type=float, default=60.0, help="their length")
+    parser.add_argument(
+        "--seed", type=count(0), default=1, help="of prompts and videos: the same seed, the same scores"
+    )
+    parser.add_argument("--taehv", action="store_true", help="decode with TAEHV instead of the Wan VAE")
+    parser.add_argument("--probe", type=Path, default=SHIPPED, help="folder of the probe (python -m training.probe)")
+    parser.add_argument(
+        "--sheet", type=Path, default=Path("outputs/evaluation.png"), help="where the clips' sheet goes"
+    )
+    parser.add_argument(
+        "--processes",
+        type=count(0),
+        default=0,
+        help="processes that make videos side by side, each with the model in memory; 0: one on a GPU, on a CPU one "
+        "for each core, at most four",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object, too, last")
+    options = parser.parse_args(argv)
+    low, high = SECONDS_RANGE
+    if not low <= options.long_seconds <= high:
+        parser.error(f"--long-seconds is {options.long_seconds:g}, but must be from {low:g} to {high:g}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, or 2 for what cannot be used."""
+    options = parse(argv)
+
+    def work() -> None:
+        report = rounded(evaluate(options))
+        sys.stdout.write(as_table(report) + "\n")
+        if options.json:
+            sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+
+    return console.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from pipeline.config import ModelSpec
-from pipeline.errors import SelfForcingError, WeightsError
+from pipeline.errors import WeightsError
 from pipeline.folder import INDEX_FILE, index_entries
+from training import console
 from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
 from training.network import WEIGHTS_FILE, load_network, transformer_folder
@@ -113,12 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=Path("training/cache/base"))
     parser.add_argument("--share", type=float, default=0.6, help="1: the stage itself; 0: the base")
     options = parser.parse_args(argv)
-    try:
-        export(options.run, options.data, options.out, base=options.base, share=options.share)
-    except SelfForcingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return console.run(lambda: export(options.run, options.data, options.out, options.base, options.share))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ strides are those of the Wan autoencoder, and so is the first latent frame: it h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 Array = np.ndarray
 SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
@@ -117,3 +118,15 @@ def psnr(frames: Array, reference: Array, weights: Array | None = None) -> float
     """Peak signal-to-noise ratio in dB of float frames [..., 3] in 0..1, `weights` [...] counting pixels unequally."""
     error = ((frames - reference) ** 2).mean(axis=-1)
     return float(-10 * np.log10(max(float(np.average(error, weights=weights)), 1e-12)))
+
+
+def write_pca(pca: PatchPCA, path: Path) -> None:
+    """Write a fit as safetensors, the form in which it ships."""
+    values = {entry.name: np.asarray(getattr(pca, entry.name)) for entry in fields(pca)}
+    # safetensors writes an array's memory as it lies, whatever its order says.
+    save_file({name: np.array(value, order="C") for name, value in values.items()}, path)
+
+
+def read_pca(path: Path) -> PatchPCA:
+    """What `write_pca` wrote."""
+    return PatchPCA(**{name: value if value.ndim else value.item() for name, value in load_file(path).items()})

@@ -1,4 +1,4 @@
-"""Judge what a video shows: `python -m training.probe --out training/cache/probe`.
+"""Judge what a video shows: `python -m training.probe --out weights/probe`.
 
 A small convolutional network, trained on real clips only, reads scene, time, subject and colour from single frames and
 finds the subject's pixels. Motion is never classified: it is measured by following the subject's centroid, which
@@ -320,12 +320,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=230, help="processor time")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
+    from training.judge import save_judge  # which needs this module
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
-    probe = train(ClipDataset(arguments.data), arguments.seconds)
-    probe.save(arguments.out)
-    report = {"parameters": sum(p.numel() for p in probe.parameters()), "held_out": held_out_accuracy(probe)}
-    (arguments.out / "report.json").write_text(json.dumps(report, indent=1))
+    data = ClipDataset(arguments.data)
+    probe = train(data, arguments.seconds)
+    report = save_judge(arguments.out, probe, data.pca, held_out_accuracy(probe))
     logger.info("%s", json.dumps(report))
 
 

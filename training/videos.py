@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.decoder import encode_wan
-from pipeline.errors import SelfForcingError, TrainingDataError
+from pipeline.errors import TrainingDataError
+from training import console
 from training.network import load_vae
 from training.prompts import checked_caption
 
@@ -156,13 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def work() -> None:
         vae = load_vae(options.vae, options.device)
         build(options.folder, options.out, options.frames, vae, options.text, options.text_length)
-    except SelfForcingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+
+    return console.run(work)
 
 
 if __name__ == "__main__":

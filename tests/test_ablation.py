@@ -1,0 +1,200 @@
+"""The ablation, at sizes of a test."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_train_tools import toml_lines
+from tests.training_world import SIZES, make_world, stage_settings
+from training import ablation
+from training.ablation_report import as_table, verdicts, write_report
+from training.ablation_scores import Seen, summary, windows_at
+from training.compare import BEGIN, END
+from training.curves import Panel, draw
+from training.judge import save_judge
+from training.pca import PatchPCA
+from training.probe import READ, AttributeProbe
+from training.settings_file import as_plain, load_settings
+from training.stages import STAGES, run_stage
+from training.world import ATTRIBUTES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, ODE pairs, an ODE start and the settings files, all tiny."""
+    place = tmp_path_factory.mktemp("ablation")
+    world = make_world(place / "world")
+    run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "ode_pairs", run__steps=1))
+    run_stage("ode", stage_settings("ode", world, world / "ode", run__steps=1, pairs=str(world / "ode_pairs")))
+    torch.manual_seed(0)
+    save_judge(world / "judge", AttributeProbe(), PatchPCA.load(world / "pca.npz"), {})
+    configs = place / "configs"
+    configs.mkdir()
+    for name in ("causal", "ode", "dmd", "sid", "gan"):
+        changes = {"pairs": str(world / "ode_pairs")} if name == "ode" else {}
+        plain = as_plain(stage_settings(name, world, place / "unused", run__batch=2, **changes))
+        if name == "causal":  # as the real one, which describes a fresh network
+            plain["network"] = {"sizes": SIZES}
+        (configs / f"embedded_{name}.toml").write_text("\n".join(toml_lines(plain)))
+    return world
+
+
+def arguments(world: Path, out: Path, *more: str) -> list[str]:
+    folders = {"start": world, "ode": world / "ode", "pairs": world / "ode_pairs", "teacher": world, "data": world}
+    folders |= {
+        "probe": world / "judge",
+        "configs": world.parent / "configs",
+        "out": out,
+        "document": out / "ablation.md",
+    }
+    given = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
+    return [*given, "--seconds", "2.5", "5", "--prompts", "1", "--processes", "1", "--seeds", "3", *more]
+
+
+def test_settings_of_every_method_are_accepted_by_the_real_files() -> None:
+    options = ablation.parse(["--configs", "training/configs"])
+    study = object.__new__(ablation.Ablation)
+    study.options = options
+    for name, method in ablation.METHODS.items():
+        kind = STAGES[method.stage].settings_kind
+        settings = load_settings(kind, study.settings(name), study.changes(name, 1, 7, Path("runs/x")))
+        assert settings.run.steps == 7 and settings.network.sizes is None
+        assert settings.network.init.endswith("ode" if method.from_ode else "short")
+    assert (
+        settings.clips.folder
+        and load_settings(
+            STAGES["causal"].settings_kind, study.settings("teacher"), study.changes("teacher", 0, 1, Path("x"))
+        ).forcing
+        == "teacher"
+    )
+
+
+def test_trains_judges_writes_and_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "ablation"
+    given = arguments(world, out, "--steps", "2", "--methods", "teacher", "sid")
+    assert ablation.main(given) == 0
+    text = (out / "ablation.md").read_text()
+    for row in (
+        "Teacher forcing, seed 3",
+        "Teacher forcing, 16 steps, seed 3",
+        "Self-Forcing, SiD, seed 3",
+        "Real clips",
+    ):
+        assert f"| {row} |" in text
+    assert "Self-Forcing, SiD, distance at 5 s:" in text
+    ElementTree.fromstring((out / "images" / "ablation.svg").read_text())
+    assert json.loads((out / "sid-3" / "settings.json").read_text())["settings"]["network"]["init"] == str(
+        world / "ode"
+    )
+    assert json.loads((out / "sid-3-minutes.json").read_text()) > 0
+    monkeypatch.setattr(ablation, "launch", lambda *_: pytest.fail("what is finished is not trained again"))
+    monkeypatch.setattr(ablation, "score_run", lambda *_: pytest.fail("nor judged"))
+    assert ablation.main(given) == 0 and (out / "ablation.md").read_text() == text
+
+
+def test_steps_follow_from_what_they_cost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"ode": 0.125, "teacher": 0.25, "dmd": 0.5}
+
+    def launch(stage: str, settings: Path, changes: list[str], processes: int) -> float:
+        name = {"causal": "teacher"}.get(stage, stage)
+        steps = next(int(change[10:]) for change in changes if change.startswith("run.steps="))
+        return 7.0 + steps * costs[name]  # starting a program costs, too, and is no step's
+
+    monkeypatch.setattr(ablation, "launch", launch)
+    given = arguments(world, tmp_path / "out", "--minutes", "10", "--methods", "teacher", "ode", "dmd")
+    plan = ablation.Ablation(ablation.parse(given)).plan()
+    assert plan["ode_minutes"] == 0.125  # the start took one step
+    assert plan["steps"] == {"teacher": 40, "ode": 80, "dmd": 19}
+    monkeypatch.setattr(ablation, "launch", lambda *_: pytest.fail("it is measured once"))
+    assert ablation.Ablation(ablation.parse(given)).plan() == plan
+    with pytest.raises(ablation.TrainingError, match="another budget: minutes was 10"):
+        ablation.Ablation(ablation.parse([*given, "--minutes", "20"])).plan()
+
+
+def test_runs_of_the_comparison_are_taken_if_they_are_the_same(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared, out = tmp_path / "compare", tmp_path / "out"
+    settings = as_plain(stage_settings("sid", world, compared / "sid-3", run__batch=2, run__seed=3))
+    settings["network"]["init"] = str(world / "ode")
+    settings["score"]["teacher"]["init"] = str(world)
+    (compared / "sid-3").mkdir(parents=True)
+    (compared / "sid-3" / "settings.json").write_text(json.dumps({"stage": "sid", "settings": settings}))
+    given = arguments(world, out, "--steps", "2", "--methods", "sid", "--reuse", str(compared))
+    assert ablation.main(given) == 2 and "with its minutes" in capsys.readouterr().err
+    (compared / "sid-3-minutes.json").write_text("12.5")
+    study = ablation.Ablation(ablation.parse(given))
+    study.plan()
+    assert study.train("sid", 3, 2) == (compared / "sid-3", 12.5)
+    settings["alpha"] = 0.5
+    (compared / "sid-3" / "settings.json").write_text(json.dumps({"stage": "sid", "settings": settings}))
+    with pytest.raises(ablation.TrainingError, match=r"other settings: alpha was 0\.5 and is now 1\.0"):
+        study.train("sid", 3, 2)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablation.main(["--ode", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no finished ODE regression" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ablation.main(["--seconds", "20", "5"])
+    quick = ablation.parse(["--quick"])
+    assert quick.steps == 4 and quick.document.parent == quick.out != Path("runs/ablation")
+
+
+def test_marks_lie_in_the_video() -> None:
+    assert windows_at(60, 29) == range(27, 29) and windows_at(5, 29) == range(0, 2)
+    assert windows_at(2.5, 1) == range(0, 1)
+
+
+def test_the_same_videos_are_no_distance_apart() -> None:
+    rng = np.random.default_rng(0)
+    names = (*ATTRIBUTES, *(f"{name} kept" for name in READ), "visible", "contrast", "sharpness", "speed")
+    seen = Seen([dict.fromkeys(names, 0.5)] * 4, {5.0: rng.standard_normal((50, 3))})
+    scores = summary(seen, seen)
+    assert scores["at"]["5"]["motion"] == 1 and scores["at"]["5"]["distance"] == pytest.approx(0, abs=1e-6)
+    moved = Seen(seen.rows, {5.0: seen.features[5.0] + [2, 0, 0]})
+    assert summary(moved, seen)["at"]["5"]["distance"] == pytest.approx(4)
+
+
+def scores(quality: float, distance: float = 1.0) -> dict:
+    at = {"5": {"following": 0.9, "quality": quality, "motion": 1.0, "distance": distance}}
+    curves = {"quality": [1.0, quality], "following": [0.9, None], "motion": [1.0, 0.5]}
+    return {"fps": 30.0, "processor_minutes": 29.5, "at": at, "curves": curves, "seconds": [1.0, 3.0]}
+
+
+def test_report_says_what_held(tmp_path: Path) -> None:
+    results = {
+        "Teacher forcing": {0: scores(0.5), 1: scores(0.6)},
+        "ODE regression": {0: scores(0.75), 1: scores(0.8)},
+        "Self-Forcing, DMD": {0: scores(0.7, 2.0), 1: scores(0.9, 2.0)},
+        "Real clips": {0: scores(1.0, 0.1)},
+    }
+    lines = verdicts(results)
+    assert lines[0] == (
+        "* Self-Forcing, DMD, quality at 5 s: better than Teacher forcing; undecided against ODE regression."
+    )
+    assert lines[2].endswith("distance at 5 s: worse than Teacher forcing, ODE regression.")
+    assert as_table(results).splitlines()[2] == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 |"
+    document = tmp_path / "ablation.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_report(document, results, ablation.parse([]))
+    assert "old" not in document.read_text() and "30 processor minutes a run" in document.read_text()
+    document.write_text("no place")
+    with pytest.raises(ablation.TrainingError, match="has no place"):
+        write_report(document, results, ablation.parse([]))
+
+
+def test_curves_have_gaps_where_nothing_was_measured() -> None:
+    panel = Panel("a & b", {"one": [[0.0, math.nan, 1.0, 0.5]], "two": [[1.0] * 4, [0.0] * 4]})
+    picture = draw([panel], [1, 2, 3, 4], "seconds")
+    root = ElementTree.fromstring(picture)
+    paths = [p.get("d") for p in root.iter("{http://www.w3.org/2000/svg}path") if p.get("fill") == "none"]
+    assert len(paths) == 4  # the mean of one; two thin ones and their mean
+    assert paths[0].count("M") == 2 and "nan" not in picture

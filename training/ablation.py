@@ -1,0 +1,281 @@
+"""Does training on its own rollouts keep a model from drifting? `python -m training.ablation --minutes 30`.
+
+The same small network, data and processor time, trained with teacher forcing, with diffusion forcing, by ODE regression
+alone and by Self-Forcing (DMD, SiD, GAN), rolled out to 5, 20 and 60 seconds. The table and the curves go into
+`docs/ablation.md`, which tells the protocol. What is finished is not done again, so a broken ablation goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import TrainingError, WeightsError
+from training import console
+from training.ablation_report import write_report
+from training.ablation_scores import Seen, make_template, model_folder, score_run, see_real, summary
+from training.asked import plan_prompts
+from training.checkpoints import SETTINGS_FILE
+from training.judge import SHIPPED, load_judge
+from training.launching import launch, value
+from training.report import rounded
+from training.settings_file import as_plain, first_difference, load_settings
+from training.stages import STAGES
+from training.world import FPS
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_SEED = 21
+CALIBRATION_STEPS = (2, 10)
+"""A stage is run for so many steps twice; what the second takes longer is what its further steps cost."""
+BUDGET_TOLERANCE = 0.15
+"""By how much of the budget a run that is taken from elsewhere may be cheaper or dearer."""
+
+# Whole windows only: the network has been through the shorter ones when it comes here.
+_WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "optimizer.average_decay=0.98")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: a stage, its settings file, what differs from the file, and how it is sampled.
+
+    Attributes:
+        from_ode: begins where ODE regression ended; what that cost is part of its budget.
+        many_steps: it learnt no few-step sampling, so it is also judged with that many steps; 0: it is not.
+    """
+
+    label: str
+    stage: str
+    changes: tuple[str, ...] = ()
+    from_ode: bool = False
+    many_steps: int = 0
+
+
+METHODS = {
+    "teacher": Method("Teacher forcing", "causal", (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"), many_steps=16),
+    "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, "forcing=diffusion"), many_steps=16),
+    "ode": Method("ODE regression", "ode"),
+    "dmd": Method("Self-Forcing, DMD", "dmd", from_ode=True),
+    "sid": Method("Self-Forcing, SiD", "sid", from_ode=True),
+    "gan": Method("Self-Forcing, GAN", "gan", from_ode=True),
+}
+
+
+class Ablation:
+    """Trains and judges what is not yet, in a folder that remembers what is."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not (options.ode / SETTINGS_FILE).is_file():
+            raise WeightsError(
+                f"{options.ode} holds no finished ODE regression: run python -m training ode "
+                f"{options.configs / 'embedded_ode.toml'} first, as docs/ablation.md says."
+            )
+        self.probe = load_judge(options.probe).probe
+        self.prompts = plan_prompts(options.prompts, EVALUATION_SEED)
+        self.template = make_template(options.ode, options.data, self.out / "template")
+
+    def run(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Label of a method -> seed -> scores, in the order of `METHODS`."""
+        plan = self.plan()
+        results: dict[str, dict[int, dict[str, Any]]] = {}
+        for name in self.options.methods:
+            method = METHODS[name]
+            for seed in self.options.seeds:
+                run, minutes = self.train(name, seed, plan["steps"][name])
+                spent = {"processor_minutes": minutes + (plan["ode_minutes"] if method.from_ode else 0.0)}
+                for steps in (None, *([method.many_steps] if method.many_steps else [])):
+                    label = method.label + (f", {steps} steps" if steps else "")
+                    results.setdefault(label, {})[seed] = spent | self.judge(run, steps)
+        results["Real clips"] = {0: summary(self._real(other=True), self.real)}
+        return results
+
+    def plan(self) -> dict[str, Any]:
+        """Steps for each method, so that all take the same processor time; made once and kept.
+
+        Raises:
+            TrainingError: the folder was begun with another budget, or the ODE start alone takes all of it.
+        """
+        options, path = self.options, self.out / "plan.json"
+        budget = {"minutes": options.minutes, "steps": options.steps, "processes": options.processes}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"budget": budget, "costs": {}}
+        if difference := first_difference(kept["budget"], budget):
+            raise TrainingError(f"{self.out} was begun with another budget: {difference}. Take another --out.")
+        costs = kept["costs"]
+        if options.steps is None:
+            for name in dict.fromkeys(("ode", *options.methods)):
+                if name not in costs:
+                    costs[name] = self.cost(name)
+                    path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        kept["ode_minutes"] = self.finished_steps(options.ode) * costs["ode"] if costs else 0.0
+        kept["steps"] = {name: self.steps(name, costs, kept["ode_minutes"]) for name in options.methods}
+        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        return kept
+
+    def steps(self, name: str, costs: dict[str, float], ode_minutes: float) -> int:
+        """Steps that a method's budget pays for, after the ODE start if it begins there."""
+        if self.options.steps is not None:
+            return self.options.steps
+        method = METHODS[name]
+        left = self.options.minutes - (ode_minutes if method.from_ode else 0.0)
+        if left < costs[name]:
+            raise TrainingError(
+                f"The ODE start took {ode_minutes:.1f} processor minutes, which leaves nothing of the "
+                f"{self.options.minutes:g} for {method.label}: raise --minutes."
+            )
+        return int(left / costs[name])
+
+    def cost(self, name: str) -> float:
+        """Processor minutes of one step of a method's stage."""
+        logger.info("measuring what a step of %s costs", name)
+        few, many = CALIBRATION_STEPS
+        with tempfile.TemporaryDirectory(dir=self.out) as place:
+            took = []
+            for count in (few, many):
+                changes = self.changes(name, 0, count, Path(place) / str(count))
+                if METHODS[name].from_ode:
+                    changes.append("critic_warmup=0")  # with the generator's turns from the first step on
+                took.append(launch(METHODS[name].stage, self.settings(name), changes, self.options.processes))
+        return max(took[1] - took[0], 1e-6) / (many - few)
+
+    def settings(self, name: str) -> Path:
+        return self.options.configs / f"embedded_{METHODS[name].stage}.toml"
+
+    def changes(self, name: str, seed: int, steps: int, out: Path) -> list[str]:
+        """What differs from the settings file."""
+        options, method = self.options, METHODS[name]
+        changes = [value("run.out", out), f"run.seed={seed}", f"run.steps={steps}", "run.sheet_every=0"]
+        # The whole section: a file that describes a fresh network has sizes there.
+        changes.append(f"network={{init={json.dumps(str(options.ode if method.from_ode else options.start))}}}")
+        changes += method.changes
+        if method.stage in ("dmd", "sid"):
+            changes.append(value("score.teacher.init", options.teacher))
+        if method.stage == "ode":
+            changes.append(value("pairs", options.pairs))
+        return [*changes, *options.set]
+
+    def train(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
+        """The folder of a finished run, and the processor minutes it took over all its starts."""
+        run, spent = self.out / f"{name}-{seed}", self.out / f"{name}-{seed}-minutes.json"
+        if self.options.reuse is not None and METHODS[name].from_ode:
+            return self.reused(name, seed, steps)
+        taken = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
+        if not (run / SETTINGS_FILE).is_file():
+            logger.info("%s, seed %d: %d steps", METHODS[name].label, seed, steps)
+            changes = self.changes(name, seed, steps, run)
+            taken += launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
+            spent.write_text(json.dumps(taken), encoding="utf-8")
+        return run, taken
+
+    def reused(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
+        """A run of `training.compare`, if it was made as this ablation would have made it.
+
+        Raises:
+            WeightsError: there is none. TrainingError: it had other settings or another budget.
+        """
+        run: Path = self.options.reuse / f"{name}-{seed}"
+        try:
+            saved = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
+            minutes = json.loads(run.with_name(f"{run.name}-minutes.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError) as error:
+            raise WeightsError(f"{run} holds no finished run of training.compare with its minutes.") from error
+        kind = STAGES[METHODS[name].stage].settings_kind
+        ours = as_plain(load_settings(kind, self.settings(name), self.changes(name, seed, steps, run)))
+        for described in (saved, ours):
+            described["run"] = {key: described["run"][key] for key in ("seed", "batch", "precision")}
+        if difference := first_difference(saved, ours):
+            raise TrainingError(f"{run} was trained with other settings: {difference}. Leave out --reuse.")
+        planned = steps * json.loads((self.out / "plan.json").read_text())["costs"].get(name, 0.0)
+        if planned and abs(minutes - planned) > BUDGET_TOLERANCE * planned:
+            raise TrainingError(
+                f"{run} took {minutes:.1f} processor minutes, but {planned:.1f} are left for it: change --minutes."
+            )
+        return run, minutes
+
+    def finished_steps(self, run: Path) -> int:
+        """Steps of a finished run, which time may have ended before its settings did."""
+        done = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*[0-9]")]
+        said = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["steps"]
+        return max(done, default=said)
+
+    @cached_property
+    def real(self) -> Seen:
+        return self._real(other=False)
+
+    def _real(self, other: bool) -> Seen:
+        info = json.loads((self.template / "model_index.json").read_text(encoding="utf-8"))["settings"]
+        shape = (round(self.options.seconds[-1] * FPS), info["height"], info["width"])
+        return see_real(self.probe, self.prompts, self.options.seconds, shape, other)
+
+    def judge(self, run: Path, steps: int | None) -> dict[str, Any]:
+        """Scores of a run, remembered in a file."""
+        options = self.options
+        asked = f"{options.prompts}x{'-'.join(f'{mark:g}' for mark in options.seconds)}"
+        path = self.out / "scores" / f"{run.name}{f'-{steps}steps' if steps else ''}-{asked}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            folder = model_folder(run, self.template, self.out / "model", steps)
+            scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.processes)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(rounded(scores)), encoding="utf-8")
+            partial.replace(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cache = Path("training/cache")
+    parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=Path, default=cache / "short", help="the short causal network all begin with")
+    parser.add_argument("--ode", type=Path, default=cache / "ode", help="finished stage ode: Self-Forcing's start")
+    parser.add_argument("--pairs", type=Path, default=cache / "ode_pairs", help="trajectories, for ODE regression")
+    parser.add_argument("--teacher", type=Path, default=cache / "base", help="fully trained, of DMD and SiD")
+    parser.add_argument("--data", type=Path, default=cache, help="the data set, with text/, vae/ and taehv/")
+    parser.add_argument("--probe", type=Path, default=SHIPPED, help="what judges")
+    parser.add_argument("--configs", type=Path, default=Path("training/configs"), help="the settings files")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="runs and scores")
+    parser.add_argument("--document", type=Path, default=Path("docs/ablation.md"), help="where table and curves go")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
+    parser.add_argument("--minutes", type=float, default=30.0, help="processor minutes a run; 15 minutes of two cores")
+    parser.add_argument("--steps", type=console.whole_number(1), help="so many steps a run instead, whatever they cost")
+    parser.add_argument(
+        "--processes", type=console.whole_number(1), default=2, help="of a training and of its rollouts"
+    )
+    parser.add_argument("--prompts", type=console.whole_number(1), default=16, help="long videos for each network")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0], help="where videos are looked at"
+    )
+    parser.add_argument("--reuse", type=Path, help="folder of training.compare: its runs of DMD, SiD and GAN are taken")
+    parser.add_argument(
+        "--quick", action="store_true", help="4 steps, one seed, 2 prompts of 5 s, into a folder of its own"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings of all trainings")
+    options = parser.parse_args(argv)
+    if sorted(set(options.seconds)) != options.seconds or not 2 <= options.seconds[0] <= options.seconds[-1] <= 600:
+        parser.error("--seconds must rise, from at least 2 to at most 600")
+    if options.quick:
+        options.steps, options.seeds, options.prompts, options.seconds = 4, [0], 2, [2.5, 5.0]
+        options.out = options.out.with_name(f"{options.out.name}-quick")
+        options.document = options.out / "ablation.md"
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, or 2 for what cannot be used or did not work."""
+    options = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return console.run(lambda: write_report(options.document, Ablation(options).run(), options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
