@@ -100,13 +100,13 @@ def take_pictures(page: Page, start: Path, may_load: threading.Event, worker: Mo
     picture("settings")
 
     page.get_by_role("button", name="Advanced").click()
-    page.get_by_role("button", name="Model", exact=True).click()
+    page.locator("#models > button").click()
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="Self-Forcing DMD").click()
     page.get_by_text("to download").wait_for()
     page.locator("#models").scroll_into_view_if_needed()
     picture("models")
-    page.get_by_role("button", name="Model", exact=True).click()
+    page.locator("#models > button").click()
     page.get_by_role("button", name="Advanced").click()
 
     page.get_by_label("Prompt").fill(PROMPT)

@@ -61,7 +61,7 @@ class ModelMenu:
         self.downloads = Downloads(choices.store, choices.manifest_file)
         with gr.Accordion("Model", open=False, elem_id="models"):
             titles = [(self._own_name, OWN)] + [(model.title, name) for name, model in self._manifest.models.items()]
-            self.choice = gr.Dropdown(titles, value=OWN, label="Model", show_label=False, elem_id="model-choice")
+            self.choice = gr.Dropdown(titles, value=OWN, label="Model", container=False, elem_id="model-choice")
             self.card = gr.HTML(self.card_of(OWN), elem_id="model-card", padding=False)
             with gr.Row(elem_id="model-buttons"):
                 self.use = gr.Button("Use this model", size="sm", elem_id="model-use", visible=False)

@@ -70,7 +70,7 @@ def choose(page, title: str) -> None:
 
 def test_a_model_is_downloaded_stopped_continued_and_used(open_page, site: MenuSite) -> None:
     page, other = open_page(), open_page()
-    page.get_by_role("button", name="Model", exact=True).click()
+    page.locator("#models > button").click()
     assert page.is_visible("#model-choice") and "In use" in page.inner_text("#model-card")
     choose(page, "Small")
     page.get_by_text("Not here:").wait_for()
@@ -102,7 +102,7 @@ def test_a_model_is_downloaded_stopped_continued_and_used(open_page, site: MenuS
 
 def test_on_a_phone_the_menu_fits(open_page, site: MenuSite) -> None:
     page = open_page(390, 844)
-    page.get_by_role("button", name="Model", exact=True).click()
+    page.locator("#models > button").click()
     choose(page, "Other")
     page.get_by_text("Not here:").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
