@@ -42,6 +42,8 @@ class Layout:
         self._longest = longest
         self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
         gr.HTML(pieces.ANNOUNCEMENTS, elem_id="announcements", padding=False)
+        # What somebody else has changed. Not a toast: those do not reach a page that is asking for nothing.
+        self.news = gr.HTML("", elem_id="news", padding=False, visible=menu is not None)
         # In the order in which a phone shows them, and the Tab key goes; a wide window has the second at the right.
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(min_width=0, elem_id="ask"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from pipeline.errors import SelfForcingError
+from web import pieces
 from web.api import MODEL_QUEUE
 from web.events import Values, refusal
 
@@ -44,7 +45,7 @@ class _ModelEvents:
         self._menu = menu
         # Not the status: it may hold the video that its visitor has just made.
         kept = (page.ui.arrival, page.ui.status)
-        self.outputs = [component for component in page.ui.fitted if component not in kept]
+        self.outputs = [page.ui.news, *(component for component in page.ui.fitted if component not in kept)]
 
     def show(self, name: str) -> Values:
         return self._done(name, lambda: None)
@@ -84,10 +85,10 @@ class _ModelEvents:
         if changes != seen_changes:
             model = page.model_or_none()
             if model is None:
-                gr.Info("Another model is being loaded. Videos can be made again in a moment.")
+                new[page.ui.news] = pieces.news("Another model is being loaded. Videos can be made again in a moment.")
                 new[page.ui.generate] = gr.update(interactive=False)
             else:
-                gr.Info(f"The model is now {model.name}.")
                 fitted = page.ui.fitted_to(model)
-                new |= {component: gr.update(**fitted[component]) for component in self.outputs}
+                new |= {component: gr.update(**fitted[component]) for component in self.outputs[1:]}
+                new[page.ui.news] = pieces.news(f"The model is now {model.name}.")
         return *new.values(), gr.update(value=f"{changes}:{drawn}"), *shown
