@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError,
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.worker import ModelWorker
 from web.generation import DEFAULT_MAX_SECONDS
+from web.models import ModelChoices
 from web.page import build_app
 from web.storage import TemporaryHome
 
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
             signal.signal(number, lambda *_: stop.set())
         say(f"Loading the model in {folder.name} ...")
         worker = ModelWorker(lambda: warmed_up(load(folder, device)))
-        serve(worker, options, auth, stop)
+        serve(
+            worker, options, auth, stop, menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device)))
+        )
         code = 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
@@ -112,8 +115,20 @@ def warmed_up(pipeline: StreamingPipeline) -> StreamingPipeline:
     return pipeline
 
 
+def menu_choices(
+    options: argparse.Namespace, folder: Path, load: Callable[[Path], StreamingPipeline]
+) -> ModelChoices | None:
+    """What the Model menu offers. The model and the disk are everybody's: with strangers around, there is no menu."""
+    mode = options.model_menu or ("off" if _has_visitors(options) else "download")
+    return None if mode == "off" else ModelChoices(folder, load, mode)
+
+
 def serve(
-    worker: ModelWorker, options: argparse.Namespace, auth: tuple[str, str] | None, stop: threading.Event
+    worker: ModelWorker,
+    options: argparse.Namespace,
+    auth: tuple[str, str] | None,
+    stop: threading.Event,
+    models: ModelChoices | None = None,
 ) -> None:
     """Serve until told to stop.
 
@@ -121,7 +136,7 @@ def serve(
         InvalidRequest: the address cannot be served on.
         SelfForcingError: the model could not be loaded.
     """
-    demo = build_app(worker, options.max_seconds)
+    demo = build_app(worker, options.max_seconds, models)
     try:
         with redirect_stdout(io.StringIO()):  # what Gradio has to say of share links and MCP, this program says itself
             _, local, public = demo.launch(
@@ -182,6 +197,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=EMBEDDED_MODEL, metavar="FOLDER", help="model folder (default: weights/embedded)"
     )
+    parser.add_argument(
+        "--model-menu",
+        choices=("off", "switch", "download"),
+        help="whether visitors may exchange the model for another one that is here, or download one as well (default: "
+        "download if only this machine can reach the page, else off)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--max-seconds",
@@ -212,7 +233,7 @@ def read_auth(text: str | None) -> tuple[str, str] | None:
 
 def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """A page that anybody can reach, on a machine that works for whoever asks, is never an accident."""
-    if not (options.share or not _is_loopback(options.host)) or SPACE_VARIABLE in os.environ:
+    if not _has_visitors(options) or SPACE_VARIABLE in os.environ:
         return
     reach = "A share link" if options.share else f"The address {options.host}"
     if auth is None and not options.allow_public:
@@ -221,6 +242,11 @@ def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) ->
             "--allow-public."
         )
     say(f"{reach} lets other people use this machine{'' if auth is None else ' if they know the password'}.")
+
+
+def _has_visitors(options: argparse.Namespace) -> bool:
+    """Whether others than whoever sits at this machine can reach the page."""
+    return options.share or not _is_loopback(options.host) or SPACE_VARIABLE in os.environ
 
 
 def _is_loopback(host: str) -> bool:

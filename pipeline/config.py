@@ -46,6 +46,8 @@ class ModelSpec:
     denoising_steps: tuple[float, ...]
     """Unwarped steps, noisiest first, on the 0..1000 scale; `shift` warps them."""
     shift: float
+    first_block_steps: tuple[float, ...] | None = None
+    """Other steps for a clip's first block, which has nothing before it to go by; None: the same."""
     window_frames: int
     """Latent frames that attention may see, the current block and the sink included."""
     sink_frames: int = 0
@@ -77,11 +79,14 @@ class ModelSpec:
         ):
             if not _is_number(getattr(self, name), low, high):
                 yield f"{name} is {_shown(getattr(self, name))}, but must be a number from {low:g} to {high:g}"
-        steps = self.denoising_steps
-        if not isinstance(steps, tuple) or not steps or not all(_is_number(step, 1, 1000) for step in steps):
-            yield f"denoising_steps is {_shown(steps)}, but must be a list of numbers from 1 to 1000"
-        if list(steps) != sorted(set(steps), reverse=True):
-            yield f"denoising_steps is {_shown(steps)}, but must fall from step to step"
+        for name in ("denoising_steps", "first_block_steps"):
+            steps = getattr(self, name)
+            if name == "first_block_steps" and steps is None:
+                continue
+            if not isinstance(steps, tuple) or not steps or not all(_is_number(step, 1, 1000) for step in steps):
+                yield f"{name} is {_shown(steps)}, but must be a list of numbers from 1 to 1000"
+            if list(steps) != sorted(set(steps), reverse=True):
+                yield f"{name} is {_shown(steps)}, but must fall from step to step"
         if self.positions not in ("relative", "absolute"):
             yield f"positions is {_shown(self.positions)}, but must be 'relative' or 'absolute'"
         if self.height % self.spatial_stride or self.width % self.spatial_stride:
@@ -111,8 +116,9 @@ class ModelSpec:
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise WeightsError(f"model_index.json has unknown settings {', '.join(unknown)}.")
-        if isinstance(values.get("denoising_steps"), list):
-            values["denoising_steps"] = tuple(values["denoising_steps"])
+        for name in ("denoising_steps", "first_block_steps"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         try:
             return cls(**values)
         except TypeError as error:

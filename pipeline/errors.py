@@ -20,6 +20,10 @@ class WeightsError(SelfForcingError):
     """A model folder or checkpoint is missing, damaged, of another kind or of another shape than its config says."""
 
 
+class DownloadError(SelfForcingError):
+    """A checkpoint could not be fetched or put in place: no network, no permission, no space. What came is kept."""
+
+
 class OptionUnavailable(SelfForcingError):
     """An option cannot work on this machine or with this model (no compiler, no such decoder, ...)."""
 

@@ -71,7 +71,10 @@ class SelfForcingPipeline:
         self._decoders: dict[bool, StreamDecoder] = {False: WanStreamDecoder(vae)}
         if taehv is not None:
             self._decoders[True] = TaehvStreamDecoder(taehv)
-        self._steps = DenoisingSteps.from_schedule(FlowSchedule(spec.shift), spec.denoising_steps)
+        schedule = FlowSchedule(spec.shift)
+        self._steps = DenoisingSteps.from_schedule(schedule, spec.denoising_steps)
+        first = spec.first_block_steps
+        self._first_steps = None if first is None else DenoisingSteps.from_schedule(schedule, first)
         self._cache: KVCache | None = None
         self._stream_number = 0
 
@@ -227,8 +230,16 @@ class SelfForcingPipeline:
 
         level = self.spec.context_noise
         context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS) if level else None)
-        merge = self.merge_clean_pass
-        return roll_out(call, cache, noise, self._steps, run.num_blocks, context, merge_clean_pass=merge)
+        return roll_out(
+            call,
+            cache,
+            noise,
+            self._steps,
+            run.num_blocks,
+            context,
+            first_steps=self._first_steps,
+            merge_clean_pass=self.merge_clean_pass,
+        )
 
     def _fresh_cache(self, model: CausalWanTransformer3DModel) -> KVCache:
         """The cache, emptied; a new one only if the transformer was loaded anew elsewhere or in another dtype."""

@@ -48,6 +48,7 @@ def roll_out(
     num_blocks: int,
     context: ContextNoise,
     *,
+    first_steps: DenoisingSteps | None = None,
     merge_clean_pass: bool = False,
     exit_step: Callable[[int], int] | None = None,
 ) -> Iterator[torch.Tensor]:
@@ -56,17 +57,22 @@ def roll_out(
     Args:
         call: the network.
         cache: freshly reset.
-        noise: (block, step) -> noise [B, F, C, h, w]; step `len(steps)` is that of the block's clean pass.
+        noise: (block, step) -> noise [B, F, C, h, w]; the step after a block's last one is that of its clean pass.
         steps: timesteps and sigmas of the sampler.
         context: the noise level of finished blocks.
+        first_steps: of the first block, if it has others.
         merge_clean_pass: the clean pass and the next block's first step are one call, on both blocks' frames.
         exit_step: block -> index of its last step; default: all steps are taken.
     """
     finished: torch.Tensor | None = None
+
+    def steps_of(block: int) -> DenoisingSteps:
+        return steps if block or first_steps is None else first_steps
+
     for block in range(num_blocks):
         merged = finished is not None and merge_clean_pass
         if finished is not None:
-            finished = context.apply(finished, lambda block=block: noise(block - 1, len(steps)))
+            finished = context.apply(finished, lambda block=block: noise(block - 1, len(steps_of(block - 1))))
             if not merged:
                 call(finished, _times(finished, context.timestep), block - 1, None)
         start = noise(block, 0)
@@ -89,7 +95,7 @@ def roll_out(
             return start if step == 0 else noise(block, step)
 
         last_step = None if exit_step is None else exit_step(block)
-        *_, finished = denoise_block(predict_flow, draw, steps, last_step)
+        *_, finished = denoise_block(predict_flow, draw, steps_of(block), last_step)
         yield finished
 
 

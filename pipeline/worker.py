@@ -57,9 +57,10 @@ class ModelWorker:
         self._load_error: BaseException | None = None
         self._loaded = threading.Event()
         self._loading = LoadingState()
+        self._changes = 0
         self._lock = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._current: _Job | None = None
+        self._waiting: deque[_Job | _Switch] = deque()
+        self._current: _Job | _Switch | None = None
         self._closed = False
         self._thread = self._started_thread()
 
@@ -87,6 +88,11 @@ class ModelWorker:
         return self._loading
 
     @property
+    def changes(self) -> int:
+        """Counts up whenever an exchange of the model begins and whenever one ends."""
+        return self._changes
+
+    @property
     def busy(self) -> bool:
         """Whether a run has the model now."""
         return self._current is not None
@@ -107,6 +113,30 @@ class ModelWorker:
             self._revive()
             self._lock.notify_all()
         return Run(self, job)
+
+    def switch(self, source: Callable[[], StreamingPipeline]) -> None:
+        """Exchange the model for another one, after the runs that wait already, and return when that is done.
+
+        The old one is given up before the new one is loaded: there may be no room for both. If the new one cannot be
+        loaded, the old one is loaded again.
+
+        Raises:
+            InvalidRequest: another exchange waits or goes on.
+            SelfForcingError: the new model could not be loaded.
+        """
+        switch = _Switch(source)
+        with self._lock:
+            if self._closed:
+                raise SelfForcingError("The model has been shut down. Start the program again.")
+            if any(isinstance(job, _Switch) for job in (*self._waiting, self._current)):
+                raise InvalidRequest("The model is being exchanged already. Wait until that is done.")
+            self._waiting.append(switch)
+            self._revive()
+            self._lock.notify_all()
+        while not switch.wait(_POLL_SECONDS):
+            self._attend(switch)
+        if switch.error is not None:
+            raise _again(switch.error)
 
     def close(self, timeout: float | None = 5.0) -> bool:
         """Stop the current run, refuse the waiting ones, end the thread. Returns whether it ended within `timeout`."""
@@ -142,7 +172,10 @@ class ModelWorker:
             self._load()
         while (job := self._next_job()) is not None:
             try:
-                self._run(job)
+                if isinstance(job, _Switch):
+                    self._exchange(job)
+                else:
+                    self._run(job)
             finally:
                 with self._lock:
                     self._current = None
@@ -150,19 +183,48 @@ class ModelWorker:
 
     def _load(self) -> None:
         try:
+            self._load_error = self._try_to_load()
+        finally:
+            self._loaded.set()
+
+    def _try_to_load(self) -> BaseException | None:
+        try:
             source = self._source
             with heard_by(lambda state: setattr(self, "_loading", state)):
                 self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
             _clear_traces(error)
-            self._load_error = error
+            return error
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
             logger.exception("The model could not be loaded")
-            self._load_error = _load_failure(error)
-        finally:
-            self._loaded.set()
+            return _load_failure(error)
+        return None
 
-    def _next_job(self) -> _Job | None:
+    def _exchange(self, switch: _Switch) -> None:
+        before, failure = self._source, None
+        self._loaded.clear()
+        self._changes += 1
+        try:
+            self._give_up_model()
+            self._source = switch.source
+            failure = self._try_to_load()
+            if failure is not None:
+                self._source = before
+                self._give_up_model()
+                self._load_error = self._try_to_load()
+            else:
+                self._load_error = None
+        finally:
+            self._changes += 1
+            self._loaded.set()
+            switch.end(failure)
+
+    def _give_up_model(self) -> None:
+        self._pipeline = None
+        self._loading = LoadingState()
+        free_memory()
+
+    def _next_job(self) -> _Job | _Switch | None:
         with self._lock:
             while not self._waiting:
                 if self._closed:
@@ -204,7 +266,7 @@ class ModelWorker:
                 self._current = None
             self._thread = self._started_thread()
 
-    def _attend(self, job: _Job) -> None:
+    def _attend(self, job: _Job | _Switch) -> None:
         """Called by whoever waits for `job`: a job that nobody works on any more must not be waited for."""
         with self._lock:
             if self._thread.is_alive() or job.ended:
@@ -356,6 +418,30 @@ class _Job:
                 self.ended = True
                 self._error = error
                 self._changed.notify_all()
+
+
+class _Switch:
+    """An exchange of the model, as it stands among the runs."""
+
+    def __init__(self, source: Callable[[], StreamingPipeline]) -> None:
+        self.source = source
+        self.error: BaseException | None = None
+        self._ended = threading.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._ended.wait(seconds)
+
+    def stop(self) -> None:
+        """Loading cannot be interrupted."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        if not self.ended:
+            self.error = error
+            self._ended.set()
 
 
 def _is_last(block: FrameBlock) -> bool:

@@ -24,6 +24,7 @@ from pipeline.cli import EMBEDDED_MODEL, load_pipeline  # noqa: E402
 from pipeline.config import GenerationRequest  # noqa: E402
 from pipeline.loading import report_loading  # noqa: E402
 from pipeline.worker import ModelWorker  # noqa: E402
+from web.models import ModelChoices  # noqa: E402
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 PROMPT = "a red balloon rises over the mountains at sunset"
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def visit(browser: Browser, options: argparse.Namespace, size: str, theme: str) -> None:
-    """Loading, idle, error, waiting, streaming, finished and settings: one visit of a page that has just started."""
+    """Loading, idle, error, settings, models, streaming and finished: one visit of a page that has just started."""
     may_load = threading.Event()
 
     def load() -> Any:
@@ -59,7 +60,8 @@ def visit(browser: Browser, options: argparse.Namespace, size: str, theme: str) 
         return make_pipeline(options)
 
     with ModelWorker(load) as worker:
-        demo = app.build_app(worker)
+        choices = ModelChoices(options.model, lambda folder: make_pipeline(options))
+        demo = app.build_app(worker, models=choices)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -96,6 +98,16 @@ def take_pictures(page: Page, start: Path, may_load: threading.Event, worker: Mo
     page.get_by_label("Seed", exact=True).fill("7.5")
     page.get_by_text("Not known to this model").wait_for()
     picture("settings")
+
+    page.get_by_role("button", name="Advanced").click()
+    page.locator("#models > button").click()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="Self-Forcing DMD").click()
+    page.get_by_text("to download").wait_for()
+    page.locator("#models").scroll_into_view_if_needed()
+    picture("models")
+    page.locator("#models > button").click()
+    page.get_by_role("button", name="Advanced").click()
 
     page.get_by_label("Prompt").fill(PROMPT)
     page.get_by_label("Seed", exact=True).fill(SEED)

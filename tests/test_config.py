@@ -53,3 +53,12 @@ def test_spec_names_unknown_and_missing_settings() -> None:
         ModelSpec.from_config(SETTINGS | {"sink_frame": 3, "colour": 1})
     with pytest.raises(WeightsError, match="incomplete.*shift"):
         ModelSpec.from_config({key: value for key, value in SETTINGS.items() if key != "shift"})
+
+
+def test_a_first_block_may_have_steps_of_its_own() -> None:
+    spec = ModelSpec.from_config(SETTINGS | {"denoising_steps": [1000], "first_block_steps": [1000, 500]})
+    assert spec.first_block_steps == (1000, 500)
+    assert ModelSpec.from_config(SETTINGS).first_block_steps is None
+    for wrong in ([], [500, 1000], [0], "1000", 4):
+        with pytest.raises(WeightsError, match="first_block_steps"):
+            ModelSpec.from_config(SETTINGS | {"first_block_steps": wrong})

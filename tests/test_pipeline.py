@@ -113,6 +113,23 @@ def test_merged_clean_pass_changes_nothing(pipe: SelfForcingPipeline) -> None:
     assert np.abs(merged.astype(int) - apart.astype(int)).max() <= 1
 
 
+def test_the_first_block_may_take_other_steps(tmp_path: Path, pipe: SelfForcingPipeline) -> None:
+    other = SelfForcingPipeline.from_pretrained(
+        write_model_folder(tmp_path, denoising_steps=[1000], first_block_steps=[1000, 750, 500, 250]), device="cpu"
+    )
+    steps: list[int] = []
+    forward = type(other._transformer.apply(fp8=False, compile=False)).forward
+    other._transformer.apply(fp8=False, compile=False).forward = lambda latents, *args, **kwargs: (
+        steps.append(latents.shape[1]),
+        forward(other._transformer.apply(fp8=False, compile=False), latents, *args, **kwargs),
+    )[1]
+    first, *later = list(other.stream(request()))
+    assert steps == [3, 3, 3, 3, 6, 6], "four steps, then one each, with the block before them in the same call"
+    four = list(pipe.stream(request()))
+    assert np.array_equal(first.frames, four[0].frames)
+    assert not np.array_equal(later[0].frames, four[1].frames)
+
+
 def test_context_noise_is_reproducible(tmp_path: Path) -> None:
     noisy = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, context_noise=100.0), device="cpu")
     first = frames(noisy)

@@ -64,13 +64,25 @@ def test_ci_runs_exactly_the_test_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("program", [("-m", "pipeline"), ("app.py",)])
-def test_documented_options_exist(program: tuple[str, ...]) -> None:
-    shown = run(*program, "--help").stdout
-    section = README.split("## The command line")[1] if program[0] == "-m" else README.split("## The command line")[0]
-    section = section.split("## From other programs")[0]
-    for option in set(re.findall(r"--[a-z][a-z0-9-]+", section)) - {"--index-url"}:
-        assert option in shown, option
+APP, CLI = ("app.py",), ("-m", "pipeline")
+WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "list")]
+
+
+@pytest.mark.parametrize(
+    ("heading", "programs"),
+    [
+        ("Run it", [APP]),
+        ("The page", [APP]),
+        ("Published models", [APP, *WEIGHTS]),
+        ("Letting others in", [APP]),
+        ("The command line", [CLI]),
+    ],
+)
+def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    options = set(re.findall(r"--[a-z][a-z0-9-]+", section)) - {"--index-url"}
+    shown = "".join(run(*program, "--help").stdout for program in programs) if options else ""
+    assert not [option for option in options if option not in shown]
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

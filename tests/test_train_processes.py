@@ -101,12 +101,14 @@ def test_a_killed_process_is_explained_through_torchrun(world: Path, tmp_path: P
     while not checkpoints(out):
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    second = next(
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/environ")
-        if path.parent.name.isdecimal() and _is_second(path, program.pid)
-    )
+    first, second = (_process_of(program.pid, rank) for rank in (0, 1))
+    # The first process is stopped until the launcher has told it to end: it must not matter whether it noticed before.
+    os.kill(first, signal.SIGSTOP)
     os.kill(second, signal.SIGKILL)
+    while not _is_told_to_end(first):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(first, signal.SIGCONT)
     said, _ = program.communicate(timeout=120)
     assert program.returncode == 1
     ended = "most likely because another of its processes has ended" in said or "Another process of this run" in said
@@ -115,13 +117,19 @@ def test_a_killed_process_is_explained_through_torchrun(world: Path, tmp_path: P
     assert kept or f"the one of step {checkpoints(out)[-1]} is intact" in said, said[-3000:]
 
 
-def _is_second(environment: Path, launcher: int) -> bool:
-    """Whether a process is the second that a launcher started."""
-    try:
-        parent = int((environment.parent / "stat").read_text().rpartition(")")[2].split()[1])
-        return parent == launcher and b"\0RANK=1\0" in b"\0" + environment.read_bytes()
-    except OSError:  # it has just ended, or is another user's
-        return False
+def _process_of(launcher: int, rank: int) -> int:
+    """Number of the process that a launcher started for a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (found,) = (
+        int(child) for child in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes()
+    )
+    return found
+
+
+def _is_told_to_end(process: int) -> bool:
+    """Whether SIGTERM waits for a stopped process."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return bool(int(status["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_one_process_that_is_told_to_end_says_what_is_saved(world: Path, tmp_path: Path) -> None:

@@ -33,10 +33,13 @@ def test_frechet_distance() -> None:
 def test_table_says_what_improved(tmp_path: Path) -> None:
     start = dict.fromkeys(compare.ATTRIBUTES, 0.5) | {"distance": 2.0}
     better = dict.fromkeys(compare.ATTRIBUTES, 0.6) | {"distance": 1.0}
-    table = compare.as_table(start, {"dmd": {0: better, 7: better | {"distance": 3.0}}, "sid": {0: start}})
+    runs = {"dmd": {0: better | {"minutes": 11.5}, 7: better | {"distance": 3.0}}, "sid": {0: start}}
+    table = compare.as_table(start, runs, better)
     lines = table.splitlines()
     assert lines[2].startswith("| ODE start |") and lines[4].startswith("| DMD, seed 7 |")
-    assert [line.split("|")[-2].strip() for line in lines[3:]] == ["both", "following", "no"]
+    assert [line.split("|")[-3].strip() for line in lines[3:]] == ["both", "following", "no", ""]
+    assert [line.split("|")[-2].strip() for line in lines[3:]] == ["12", "", "", ""]
+    assert lines[-1].startswith("| real clips |")
     document = tmp_path / "training.md"
     document.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
     compare.put_into(document, table)
@@ -46,7 +49,7 @@ def test_table_says_what_improved(tmp_path: Path) -> None:
         compare.put_into(document, table)
 
 
-def test_comparison_trains_judges_and_writes_the_table(tmp_path: Path) -> None:
+def test_comparison_trains_judges_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = make_world(tmp_path / "world")
     AttributeProbe().eval().save(world / "probe")
     run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "pairs", run__steps=1))
@@ -62,8 +65,13 @@ def test_comparison_trains_judges_and_writes_the_table(tmp_path: Path) -> None:
     arguments = ["--start", str(start), "--teacher", str(world), "--data", str(world)]
     arguments += ["--out", str(tmp_path / "out"), "--configs", str(configs)]
     arguments += ["--document", str(document), "--methods", "sid", "--seeds", "3", "--processes", "1"]
-    assert compare.main([*arguments, "--prompts", "2", "--minutes", "1", "--set", "run.steps=2"]) == 0
-    assert "| SID, seed 3 |" in document.read_text() and "| ODE start |" in document.read_text()
+    assert compare.main([*arguments, "--prompts", "2", "--steps", "2"]) == 0
+    assert "| SiD, seed 3 |" in document.read_text() and "| ODE start |" in document.read_text()
+    made = (tmp_path / "out" / "sid-3-2.json").stat().st_mtime_ns
+    assert compare.main([*arguments, "--prompts", "2", "--steps", "2"]) == 0  # nothing is done again
+    assert (tmp_path / "out" / "sid-3-2.json").stat().st_mtime_ns == made
+    assert compare.main([*arguments, "--prompts", "2", "--steps", "3"]) == 2
+    assert "run.steps was 2 and is now 3" in capsys.readouterr().err
     settings = json.loads((tmp_path / "out" / "sid-3" / "settings.json").read_text())["settings"]
     assert settings["run"]["seed"] == 3 and settings["network"]["init"] == str(start)
 

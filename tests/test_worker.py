@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.errors import (
     NonFiniteOutput,
     OutOfMemory,
     SelfForcingError,
+    WeightsError,
 )
 from pipeline.worker import QUEUE_BLOCKS, ModelWorker
 from tests.scripted import SPEC, ScriptedPipeline, read_code
@@ -210,3 +212,87 @@ def test_closing_ends_everything(pipeline: ScriptedPipeline) -> None:
 def test_importing_the_worker_does_not_import_torch() -> None:
     code = "import sys, pipeline.worker, pipeline.video; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- another model
+
+
+class Named(ScriptedPipeline):
+    """A pipeline of which one can tell whether it is still there."""
+
+
+def test_the_old_model_is_gone_before_the_new_one_loads() -> None:
+    first: list[weakref.ref] = []
+    alive_at_load: list[bool] = []
+
+    def load_first() -> ScriptedPipeline:
+        pipeline = Named(spec=TINY)
+        first.append(weakref.ref(pipeline))
+        return pipeline
+
+    def load_second() -> ScriptedPipeline:
+        alive_at_load.append(first[0]() is not None)
+        return ScriptedPipeline(spec=replace(TINY, name="second"))
+
+    with ModelWorker(load_first) as worker:
+        assert len(list(worker.submit(REQUEST))) == NUM_BLOCKS
+        worker.switch(load_second)
+        assert alive_at_load == [False]
+        assert worker.wait_ready(timeout=0).spec.name == "second" and worker.changes == 2
+        assert [block.run.model for block in worker.submit(REQUEST)][-1] == "second"
+
+
+def test_a_model_is_exchanged_after_the_runs_that_wait(pipeline: ScriptedPipeline, worker: ModelWorker) -> None:
+    pipeline.step_seconds = 0.01
+    runs = [worker.submit(REQUEST) for _ in range(2)]
+    switching = threading.Thread(target=worker.switch, args=(lambda: ScriptedPipeline(spec=TINY),))
+    switching.start()
+    assert [len(list(run)) for run in runs] == [NUM_BLOCKS, NUM_BLOCKS]
+    switching.join(10)
+    assert len(pipeline.requests) == 2 and worker.wait_ready(0) is not pipeline
+
+
+def test_only_one_exchange_waits(pipeline: ScriptedPipeline, worker: ModelWorker) -> None:
+    may_load = threading.Event()
+
+    def load() -> ScriptedPipeline:
+        may_load.wait(10)
+        return ScriptedPipeline(spec=TINY)
+
+    switching = threading.Thread(target=worker.switch, args=(load,))
+    switching.start()
+    wait_until(lambda: worker.busy)
+    with pytest.raises(InvalidRequest, match="exchanged already"):
+        worker.switch(load)
+    with pytest.raises(TimeoutError):
+        worker.wait_ready(timeout=0)
+    run = worker.submit(REQUEST)  # meanwhile runs may be asked for; they wait
+    may_load.set()
+    assert len(list(run)) == NUM_BLOCKS
+    switching.join(10)
+
+
+@pytest.mark.parametrize("error", [WeightsError("It is damaged."), MemoryError(), SystemExit(3), ValueError("bad")])
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one(error: BaseException) -> None:
+    def broken() -> ScriptedPipeline:
+        raise error
+
+    loads: list[int] = []
+
+    def load() -> ScriptedPipeline:
+        loads.append(1)
+        return ScriptedPipeline(spec=TINY)
+
+    with ModelWorker(load) as worker:
+        worker.wait_ready(10)
+        with pytest.raises(SelfForcingError) as raised:
+            worker.switch(broken)
+        told = {WeightsError: "damaged", MemoryError: "out of memory"}.get(type(error), "could not be loaded")
+        assert told in str(raised.value)
+        assert len(loads) == 2 and len(list(worker.submit(REQUEST))) == NUM_BLOCKS
+
+
+def test_a_closed_worker_exchanges_nothing(worker: ModelWorker) -> None:
+    worker.close()
+    with pytest.raises(SelfForcingError, match="shut down"):
+        worker.switch(lambda: ScriptedPipeline(spec=TINY))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,15 +24,19 @@ import numpy as np
 from pipeline import SelfForcingPipeline
 from pipeline.errors import TrainingError
 from training import console
+from training.checkpoints import SETTINGS_FILE
 from training.evaluate import make_videos, plan_prompts, real_videos, score
 from training.export import export
+from training.launching import launch, value
 from training.probe import READ, WINDOW, AttributeProbe
+from training.settings_file import as_plain, first_difference, load_settings
+from training.stages import STAGES
 from training.world import FPS
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
 
-METHODS = ("dmd", "sid", "gan")
+METHODS = {"dmd": "DMD", "sid": "SiD", "gan": "GAN"}
 ATTRIBUTES = (*READ, "motion")
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 FRAME_STEP = 4
@@ -81,43 +83,32 @@ def judge_real(data: Path, prompts: int) -> dict[str, float]:
 
 
 def train(method: str, seed: int, options: argparse.Namespace) -> Path:
-    """Train with a method, unless that is done; returns the run's folder."""
+    """Train with a method, unless that is done; returns the run's folder.
+
+    Raises:
+        TrainingError: what is there was trained with other settings, or the training failed.
+    """
     out = options.out / f"{method}-{seed}"
-    if not (out / "settings.json").is_file():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
-        overrides = [f"run.out={json.dumps(str(out))}", f"run.seed={seed}", f"run.steps={options.steps}"]
-        overrides += [f"network.init={json.dumps(str(options.start))}", *options.set]
-        if method != "gan":
-            overrides.insert(0, f"score.teacher.init={json.dumps(str(options.teacher))}")
-        settings = options.configs / f"embedded_{method}.toml"
-        command = [
-            sys.executable,
-            *(launcher if options.processes > 1 else []),
-            "-m",
-            "training",
-            method,
-            str(settings),
-        ]
-        logger.info("%s, seed %d", method, seed)
-        before = _processor_minutes()
-        failed = subprocess.run([*command, *overrides], check=False).returncode
-        _add_minutes(out, _processor_minutes() - before)
-        if failed:
-            raise TrainingError(f"The training of {method} with seed {seed} failed; what it said stands above.")
+    settings = options.configs / f"embedded_{method}.toml"
+    changes = [value("run.out", out), f"run.seed={seed}", f"run.steps={options.steps}"]
+    changes += [value("network.init", options.start), *options.set]
+    if method != "gan":
+        changes.insert(0, value("score.teacher.init", options.teacher))
+    asked = as_plain(load_settings(STAGES[method].settings_kind, settings, changes))
+    if (out / SETTINGS_FILE).is_file():
+        saved = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
+        if difference := first_difference(_learnt(saved), _learnt(asked)):
+            raise TrainingError(f"{out} was trained with other settings: {difference}. Take another --out.")
+        return out
+    logger.info("%s, seed %d", method, seed)
+    minutes = launch(method, settings, changes, options.processes)
+    _minutes_file(out).write_text(json.dumps(round(minutes, 2)), encoding="utf-8")
     return out
 
 
-def _processor_minutes() -> float:
-    """Of all ended programs that this one started, over all cores."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (usage.ru_utime + usage.ru_stime) / 60
-
-
-def _add_minutes(run: Path, minutes: float) -> None:
-    """Count time that a run took, also over several starts."""
-    path = _minutes_file(run)
-    spent = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
-    path.write_text(json.dumps(round(spent + minutes, 2)), encoding="utf-8")
+def _learnt(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change what comes out of a whole run."""
+    return settings | {"run": {name: settings["run"][name] for name in ("seed", "steps", "batch", "precision")}}
 
 
 def _minutes_file(run: Path) -> Path:
@@ -125,9 +116,9 @@ def _minutes_file(run: Path) -> Path:
 
 
 def judged(run: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Scores of a run, remembered in a file beside its weights."""
+    """Scores of a run, remembered in a file as long as its weights are not newer."""
     path = options.out / f"{run.name}-{options.prompts}.json"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_mtime < (run / SETTINGS_FILE).stat().st_mtime:
         path.write_text(json.dumps(judge(run, options.data, options.prompts)), encoding="utf-8")
     scores = json.loads(path.read_text(encoding="utf-8"))
     spent = _minutes_file(options.out / run.name)
@@ -157,7 +148,7 @@ def as_table(
         for seed, scores in seeds.items():
             better = [following(scores) > following(start), scores["distance"] < start["distance"]]
             said = {(True, True): "both", (True, False): "following", (False, True): "distance", (False, False): "no"}
-            rows.append(row(f"{method.upper()}, seed {seed}", scores, said[better[0], better[1]]))
+            rows.append(row(f"{METHODS[method]}, seed {seed}", scores, said[better[0], better[1]]))
     if real is not None:
         rows.append(row("real clips", real, ""))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
@@ -195,20 +186,21 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__.splitlines()[0])
+    cache = Path("training/cache")
+    parser.add_argument("--start", type=Path, default=cache / "ode", help="a finished run of the stage ode")
+    parser.add_argument("--teacher", type=Path, default=cache / "base", help="of DMD and SiD")
+    parser.add_argument("--data", type=Path, default=cache, help="with text/, vae/, taehv/ and probe/")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs and scores")
+    parser.add_argument("--configs", type=Path, default=Path("training/configs"), help="the settings files")
+    parser.add_argument("--document", type=Path, default=Path("docs/training.md"), help="where the table goes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument(
-        "--start", type=Path, default=Path("training/cache/ode"), help="a finished run of the stage ode"
+        "--steps", type=console.whole_number(1), default=240, help="of the judge; the generator moves in every k-th"
     )
-    parser.add_argument("--teacher", type=Path, default=Path("training/cache/base"), help="of DMD and SiD")
-    parser.add_argument("--data", type=Path, default=Path("training/cache"), help="with text/, vae/, taehv/ and probe/")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--configs", type=Path, default=Path("training/configs"))
-    parser.add_argument("--document", type=Path, default=Path("docs/training.md"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int, default=240, help="of the critic; the generator moves in every second")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings for all trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
+    parser.add_argument("--processes", type=console.whole_number(1), default=2, help="of each training")
+    parser.add_argument("--prompts", type=console.whole_number(2), default=96, help="clips that are judged")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="settings of all trainings")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return console.run(lambda: compare(options))

@@ -17,7 +17,7 @@ from training.optim import Trainee
 from training.parallel import Processes
 from training.score import ScoreNetwork
 from training.settings import require
-from training.stage import Metrics
+from training.stage import Metrics, check_same_shape, check_text
 from training.stage_settings import GANSettings
 from training.window import Scored
 
@@ -29,7 +29,7 @@ class GANStage(DistillStage[GANSettings]):
 
     def __init__(self, settings: GANSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
-        critic = self.trainee("critic", settings.network, settings.critic_optimizer)
+        critic = self.trainee("critic", settings.critic or settings.network, settings.critic_optimizer)
         block = settings.rollout.block_frames if settings.attention == "causal" else 0
         self.score = ScoreNetwork(critic, FlowSchedule(settings.shift), block, compute_dtype=processes.compute_dtype)
         config = critic.config
@@ -44,8 +44,11 @@ class GANStage(DistillStage[GANSettings]):
     def check(cls, settings: GANSettings) -> None:
         super().check(settings)
         config, rollout = network_config(settings.network), settings.rollout
+        critic = network_config(settings.critic or settings.network)
+        check_same_shape("critic", config, critic, ("in_channels", "text_dim"))
+        check_text(settings, critic)
         require(
-            settings.taps[-1] < config["num_layers"], f"taps names layer {settings.taps[-1]} of {config['num_layers']}."
+            settings.taps[-1] < critic["num_layers"], f"taps names layer {settings.taps[-1]} of {critic['num_layers']}."
         )
         found = open_clips(settings.clips).latents.shape[2:]
         wanted = (config["in_channels"], rollout.height, rollout.width)
@@ -58,9 +61,11 @@ class GANStage(DistillStage[GANSettings]):
         """Real clips; the generator gets their captions."""
         return self.clips.draw(draws, self.settings.rollout.frames, f"{purpose}/clips")
 
-    def logits(self, clips: Tensor, times: Tensor, noise: Tensor, embeds: Tensor) -> Tensor:
-        """Verdicts [B, 1] on clips [B, F, C, h, w] noised to timesteps [B, F]: large for real ones."""
-        noisy = self.score.noised(clips, noise, times)
+    def logits(
+        self, clips: Tensor, times: Tensor, noise: Tensor, embeds: Tensor, nudge: Tensor | float = 0.0
+    ) -> Tensor:
+        """Verdicts [B, 1] on clips [B, F, C, h, w] noised to timesteps [B, F], and then nudged: large for real ones."""
+        noisy = self.score.noised(clips, noise, times) + nudge
         taps: dict[int, Tensor] = dict.fromkeys((*self.settings.taps, TIME_EMBEDDING))  # type: ignore[arg-type]
         self.score.flow(noisy, times, self.score.encode(embeds), taps)
         features = [taps[layer] for layer in self.settings.taps]
@@ -88,13 +93,15 @@ class GANStage(DistillStage[GANSettings]):
         times, noise = self._noise("critic", draws, scored.clips)
         clips = {"fake": scored.clips, "real": self._clean(draws, "critic")}
         verdicts = {name: self.logits(value, times, noise, scored.embeds) for name, value in clips.items()}
-        loss = gan_discriminator_loss(verdicts["fake"], verdicts["real"], settings.relativistic)
+        loss = settings.critic_weight * gan_discriminator_loss(
+            verdicts["fake"], verdicts["real"], settings.relativistic
+        )
         for name, weight in (("real", settings.r1_weight), ("fake", settings.r2_weight)):
-            if weight:
+            if weight:  # the slope is taken where the judge looks: at the noised clip
                 nudge = settings.penalty_scale * self.noise_like(draws, f"critic/{name} nudge", clips[name])
-                nudged = self.logits(clips[name] + nudge, times, noise, scored.embeds)
+                nudged = self.logits(clips[name], times, noise, scored.embeds, nudge)
                 loss = loss + weight * finite_difference_penalty(verdicts[name], nudged, settings.penalty_scale)
-        return settings.critic_weight * loss
+        return loss
 
     def _noise(self, purpose: str, draws: Draws, clips: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.settings

@@ -76,24 +76,30 @@ def _like(update: Tensor, matrix: Tensor) -> Tensor:
     """This process's part of an update that every process has whole."""
     if not isinstance(matrix, DTensor):
         return update
-    return distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None).to_local()
+    part = distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None).to_local()
+    return part.to(local(matrix).device)  # weights that wait in main memory are not where the mesh is
 
 
 class WeightAverage:
-    """Exponential moving average of parameters, short at first so that early weights do not linger."""
+    """Exponential moving average of parameters.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+    Args:
+        ramp: short at first, so that early weights do not linger; for an average that begins with the first step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, *, ramp: bool = True) -> None:
         self.parameters = list(parameters)
         self.decay = decay
+        self.ramp = ramp
         self.steps = 0
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        averages = [local(average) for average in self.average]
-        torch._foreach_lerp_(averages, [local(parameter.detach()) for parameter in self.parameters], 1 - decay)
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.ramp else self.decay
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            local(average).lerp_(local(parameter.detach()), 1 - decay)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -148,7 +154,27 @@ class Trainee:
         )
         self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         parameters = list(network.parameters())
-        self.average = WeightAverage(parameters, settings.average_decay) if settings.average_decay else None
+        self.average = None
+        if settings.average_decay:
+            self.average = WeightAverage(parameters, settings.average_decay, ramp=not settings.average_from)
+        self._make_optimizer_state()
+
+    def _make_optimizer_state(self) -> None:
+        """Moments of zero, before the first step.
+
+        A checkpoint needs them to be there, and torch would make them by a step of its own, which Adam then counts: a
+        run that is saved before its first step would go on in another way than one that is not.
+        """
+        for parameter in self.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
+        self.forget_gradients()
 
     def step(self, step: int) -> float:
         """Clip, move the weights by their gradients, and let the average follow. Returns the norm before clipping.

@@ -8,6 +8,7 @@ from typing import Literal
 from training.settings import (
     ClipSettings,
     CriticOptimizerSettings,
+    NetworkSettings,
     PromptSettings,
     RolloutSettings,
     ScoreSettings,
@@ -194,6 +195,8 @@ class GANSettings(DistillSettings):
     """A discriminator on the features of a diffusion network; needs real clips with captions."""
 
     clips: ClipSettings
+    critic: NetworkSettings | None = None
+    """The diffusion network. Default: begins as the generator."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     taps: tuple[int, ...]
     """Layers (from 0) whose features the discriminator reads; one register token for each."""
@@ -207,6 +210,7 @@ class GANSettings(DistillSettings):
     """Append ten times the time embedding to the register tokens."""
     r1_weight: float = 0.0
     r2_weight: float = 0.0
+    """Of the penalties on the judge's slope at real and at rolled-out clips; `critic_weight` does not scale them."""
     penalty_scale: float = 0.01
 
     def __post_init__(self) -> None:
@@ -221,6 +225,22 @@ class GANSettings(DistillSettings):
         for name in ("weight", "critic_weight", "r1_weight", "r2_weight"):
             within(name, getattr(self, name), 0, 1e6)
         within("penalty_scale", self.penalty_scale, 1e-9, 1e3)
+        rollout = self.rollout
+        require(
+            not rollout.switch_share,
+            f"rollout.switch_share is {rollout.switch_share}, but a GAN has no real clips whose prompt changes: set it "
+            "to 0.",
+        )
+        require(
+            not rollout.long_share or rollout.long_window == "sink",
+            "rollout.long_window 'reencoded' does not go with a GAN, since real clips have no re-encoded picture: use "
+            "'sink', or set rollout.long_share to 0.",
+        )
+        require(
+            self.clips.later_windows == rollout.long_share,
+            f"clips.later_windows is {self.clips.later_windows} and rollout.long_share {rollout.long_share}, but they "
+            "must be equal: the judge would tell real clips by the kind of their window.",
+        )
         require(
             self.clips.frames == self.rollout.frames,
             f"clips.frames is {self.clips.frames}, but clips of the generator have {self.rollout.frames}.",

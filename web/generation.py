@@ -107,6 +107,10 @@ class Generator:
         pace = self._paces.get(_options(request))
         return None if pace is None else pace * self.pipeline.plan(request).num_frames
 
+    def forget_paces(self) -> None:
+        """Another model has another pace."""
+        self._paces.clear()
+
     def run(
         self, request: GenerationRequest, session: str, ticket_id: str | None = None, *, streamed: bool = True
     ) -> Iterator[Update]:

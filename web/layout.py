@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.loading import LoadingState
 from web import pieces, status
 from web.adapter import AdaptedPipeline
 from web.generation import DEFAULT_SECONDS
+from web.models import ModelMenu
 from web.player import live_video
 
 EXAMPLES_FILE = Path(__file__).resolve().parent.parent / "examples" / "prompts.json"
@@ -33,12 +35,15 @@ class Layout:
     Args:
         loading: How far the model is.
         longest: Seconds of video that may be asked for.
+        menu: Makes the Model menu, if there is to be one.
     """
 
-    def __init__(self, loading: LoadingState, longest: float) -> None:
+    def __init__(self, loading: LoadingState, longest: float, menu: Callable[[], ModelMenu] | None = None) -> None:
         self._longest = longest
         self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
         gr.HTML(pieces.ANNOUNCEMENTS, elem_id="announcements", padding=False)
+        # What somebody else has changed. Not a toast: those do not reach a page that is asking for nothing.
+        self.news = gr.HTML("", elem_id="news", padding=False, visible=menu is not None)
         # In the order in which a phone shows them, and the Tab key goes; a wide window has the second at the right.
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(min_width=0, elem_id="ask"):
@@ -71,6 +76,7 @@ class Layout:
             with gr.Column(min_width=0, elem_id="more"):
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._lay_out_settings(longest)
+                self.models = None if menu is None else menu()
                 gr.Examples(
                     examples=[[prompt] for prompt in _examples()],
                     inputs=[self.prompt],
@@ -129,7 +135,7 @@ class Layout:
         return [*fitted, *self.options.values()]
 
     def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
-        """Component -> its settings for this model, for those that differ from how they were laid out."""
+        """Component -> its settings for this model, whatever model it was fitted to before."""
         words = model.known_words()
         plan = pieces.settings_notice(self.seed.value, model.fps, self.seconds.value, self._longest, model)
         unavailable = model.unavailable_options()
@@ -147,8 +153,9 @@ class Layout:
             self.word_list: {"value": pieces.word_list(words)},
         }
         for name, option in self.options.items():
+            fitted[option] = {"info": OPTIONS[name][1], "interactive": True}
             if name in unavailable:
-                fitted[option] = {"info": unavailable[name], "interactive": False}
+                fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
         return fitted
 
 

@@ -24,6 +24,8 @@ from web.body_limit import BodyLimit
 from web.events import Values, refusal, session_of, shown, take_files_only
 from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
+from web.model_events import wire_models
+from web.models import ModelChoices, ModelMenu
 from web.sessions import Place, sessions_ahead
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
@@ -53,26 +55,27 @@ LAUNCH_DEFAULTS: dict[str, Any] = {
 }
 
 
-def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS) -> gr.Blocks:
+def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS, models: ModelChoices | None = None) -> gr.Blocks:
     """The whole app around a pipeline, ready for `launch()`.
 
     Args:
         pipeline: A `StreamingPipeline`, or a `ModelWorker`, which may still be loading one: the page then shows how far
             it is. In a pinch any object with `stream(request)`.
         max_seconds: Longest video that may be asked for. A run may take twice as long and a minute more.
+        models: What the Model menu offers; None: there is no menu.
     """
     if isinstance(pipeline, ModelWorker):
         worker = pipeline
     else:
         worker = ModelWorker(adapted(pipeline))
         worker.wait_ready()
-    return Page(worker, max_seconds).blocks
+    return Page(worker, max_seconds, models).blocks
 
 
 class Page:
     """Wires the components to a `Generator`."""
 
-    def __init__(self, worker: ModelWorker, max_seconds: float) -> None:
+    def __init__(self, worker: ModelWorker, max_seconds: float, models: ModelChoices | None = None) -> None:
         self.worker = worker
         self.max_seconds = max_seconds
         self.blocks = gr.Blocks(
@@ -83,16 +86,19 @@ class Page:
         )
         self.streams = StreamMemory(self.blocks)
         with self.blocks:
-            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]))
+            menu = None if models is None else lambda: ModelMenu(models, worker)
+            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), menu)
             self.home = Path(self.ui.download.GRADIO_CACHE)
             self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
             self._wire()
+            if self.ui.models is not None:
+                wire_models(self, self.ui.models)
             add_endpoints(self)
         for component in self.blocks.blocks.values():
             take_files_only(component)
         # Closed: the plain routes would lead past the queue.
         self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)
-        self._fit_to_model()
+        self.fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
         self.blocks.launch = functools.partial(
             self.blocks.launch,
@@ -103,13 +109,15 @@ class Page:
             **LAUNCH_DEFAULTS,
         )
 
-    def _fit_to_model(self) -> None:
+    def fit_to_model(self) -> None:
         """Make the page that visitors get from now on the one for this model, if there is one."""
-        if (model := self._model_or_none()) is None:
+        if (model := self.model_or_none()) is None:
             return
         for component, settings in self.ui.fitted_to(model).items():
             for name, value in settings.items():
                 setattr(component, name, value)
+        if self.ui.models is not None:
+            self.ui.models.seen.value = str(self.worker.changes)
         self.blocks.config = self.blocks.get_config_file()
 
     # ---- events
@@ -161,7 +169,7 @@ class Page:
         new: dict[Any, Any] = dict.fromkeys(self.ui.fitted, gr.skip())
         if not self.worker.loaded:
             new[self.ui.status] = status.loading(self.worker.loading)
-        elif (model := self._model_or_none()) is not None:
+        elif (model := self.model_or_none()) is not None:
             new |= {component: gr.update(**settings) for component, settings in self.ui.fitted_to(model).items()}
         else:
             try:
@@ -233,12 +241,12 @@ class Page:
         self.generator.store.leave(session)
 
     def _notice(self, prompt: str) -> str:
-        return pieces.prompt_notice(prompt, self._model_or_none()) if isinstance(prompt, str) else ""
+        return pieces.prompt_notice(prompt, self.model_or_none()) if isinstance(prompt, str) else ""
 
     def _checked_settings(self, seed, fps, seconds) -> str:
-        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, self._model_or_none())
+        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, self.model_or_none())
 
-    def _model_or_none(self) -> AdaptedPipeline | None:
+    def model_or_none(self) -> AdaptedPipeline | None:
         with suppress(SelfForcingError):
             return self.generator.pipeline
         return None
@@ -287,11 +295,13 @@ class Page:
         finally:
             for task in tasks:
                 task.cancel()
+            if self.ui.models is not None:
+                await asyncio.to_thread(self.ui.models.downloads.close)
 
     async def _fit_when_loaded(self) -> None:
         while not self.worker.loaded:
             await asyncio.sleep(LOADING_POLL_SECONDS)
-        self._fit_to_model()
+        self.fit_to_model()
 
     async def _sweep(self) -> None:
         """Files and segments go by age and by size, whether or not anybody comes."""

@@ -43,6 +43,11 @@ def header(model: AdaptedPipeline | None) -> str:
     )
 
 
+def news(sentence: str) -> str:
+    """Something that concerns everybody on the page."""
+    return f'<p class="sf-notice" role="status">{escape(sentence)}</p>'
+
+
 def describe(model: AdaptedPipeline) -> str:
     spec = model.spec
     return f"{spec.name} · {spec.width}×{spec.height} at {spec.fps:g} FPS" if spec else "The model is loaded."

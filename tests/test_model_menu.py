@@ -1,0 +1,218 @@
+"""The Model menu from the server's side: who may do what, what is told to whom, and downloads that end in any way."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.constants as hub_constants
+import pytest
+
+import app
+from pipeline.worker import ModelWorker
+from tests.hub import PROGRAM_WITH_SMALL_PIECES, Hub, point_to, published_files, write_published
+from tests.scripted import SPEC, ScriptedPipeline
+from tests.server import Refused, Server
+from tests.small import write_model_folder
+from tests.waiting import wait_until
+from web.downloads import Downloads
+from web.models import ModelChoices
+from weights.install import download
+from weights.manifest import load_manifest
+from weights.store import Store
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub(published_files(published)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)  # for the process that downloads
+        point_to(hub, monkeypatch)
+        monkeypatch.setattr(hub_constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+        yield hub
+
+
+def load(folder: Path) -> ScriptedPipeline:
+    """A scripted model with the name of the folder; one folder cannot be loaded."""
+    if folder.name == "other":
+        raise RuntimeError("broken")
+    return ScriptedPipeline(spec=replace(SPEC, name=f"from {folder.name}", fps=12))
+
+
+@pytest.fixture
+def site(published: Path, tmp_path: Path) -> Iterator[Server]:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "model_index.json").write_text(json.dumps({"settings": {}}))
+    choices = ModelChoices(own, load, "download", Store(tmp_path / "home"), published)
+    with ModelWorker(lambda: load(own)) as worker:
+        worker.wait_ready(10)
+        server = Server(worker, models=choices)
+        server.choices = choices
+        yield server
+        server.close()
+
+
+def settings(value: object) -> dict:
+    """What an answer changes of a component."""
+    if not isinstance(value, dict):
+        return {"value": value}
+    return {**value, **value.get("props", {})}
+
+
+def card(values: list) -> str:
+    """The card's HTML out of an answer of the menu."""
+    return settings(values[-4]).get("value", "")
+
+
+def visible(values: list) -> list[bool | None]:
+    """Use, Download, Stop: whether they can be seen; None where nothing was said."""
+    return [settings(value).get("visible") for value in values[-3:]]
+
+
+def seen(values: list) -> str:
+    """What a page keeps of an answer to `look`."""
+    return settings(values[-5])["value"]
+
+
+def get(site: Server, name: str) -> None:
+    """Download a model, in this program: a second one would load torch for seconds."""
+    model = load_manifest(site.choices.manifest_file).model(name)
+    download(model, site.choices.store, lambda progress: None, lambda line: None)
+
+
+def test_what_is_offered_and_what_it_costs(site: Server) -> None:
+    assert site.run("own", name="show") == site.run("own", name="show")
+    assert "In use" in card(site.run("own", name="show")[-1])
+    values = site.run("small", name="show")[-1]
+    assert "Not here" in card(values) and "Test-1.0" in card(values) and "to download" in card(values)
+    assert visible(values) == [False, True, False]
+
+
+def test_a_model_that_came_can_be_used_and_everybody_is_told(site: Server, hub: Hub) -> None:
+    first = seen(site.call("look", "small", "0"))
+    again = site.call("look", "small", first)
+    assert card(again) == "" and visible(again) == [None] * 3, "what is the same is not drawn again"
+    get(site, "small")
+    values = site.call("look", "small", first)
+    assert "It is here" in card(values) and visible(values) == [True, False, False]
+    values = site.run("small", name="switch")
+    assert "Loading Small" in card(values[0]) and "In use" in card(values[-1])
+    told = site.call("look", "own", first)
+    assert seen(told).startswith("2:") and visible(told) == [True, False, False], "others may go back"
+    assert any("from small" in str(settings(value).get("value")) for value in told), "and see what is there now"
+    assert "Finished" in site.generate()[-1][1]
+    assert site.page.generator.pipeline.name == "from small"
+    site.run("own", name="switch")
+    assert site.page.generator.pipeline.name == "from own"
+
+
+def test_a_model_that_does_not_load_leaves_the_old_one(site: Server, hub: Hub) -> None:
+    get(site, "other")
+    with pytest.raises(Refused, match=r"could not be loaded \(RuntimeError\)"):
+        site.run("other", name="switch")
+    assert site.page.generator.pipeline.name == "from own"
+    assert "In use" in card(site.run("own", name="show")[-1])
+    assert "Finished" in site.generate()[-1][1]
+
+
+def test_what_is_not_here_cannot_be_used(site: Server) -> None:
+    with pytest.raises(Refused, match="Small is not here yet. Download it first"):
+        site.run("small", name="switch")
+
+
+@pytest.mark.parametrize("name", ["nothing", ["small"], None, 3])
+def test_names_that_are_not_in_the_list_are_refused(site: Server, name: object) -> None:
+    for event in ("switch", "start_download"):
+        with pytest.raises(Refused):
+            site.run(name, name=event)
+    assert site.page.ui.models.downloads.state is None
+
+
+def test_a_stopped_download_goes_on(site: Server, hub: Hub) -> None:
+    hub.bytes_per_second = 100_000
+    downloads = site.page.ui.models.downloads
+    downloads.program = [sys.executable, "-c", PROGRAM_WITH_SMALL_PIECES]
+    site.run("small", name="start_download")
+    wait_until(lambda: hub.sent > 50_000, 60)
+    with pytest.raises(Refused, match="being downloaded already"):
+        site.run("other", name="start_download")
+    site.run("small", name="stop_download")
+    wait_until(lambda: not downloads.state.running)
+    assert downloads.state.stopped and not downloads.state.error
+    assert "Partly here" in card(site.run("small", name="show")[-1])
+    hub.requests.clear()
+    site.run("small", name="start_download")
+    wait_until(lambda: any(wanted for _, _, wanted in hub.requests), 60)  # it asks for the rest
+    downloads.close()
+
+
+def test_what_goes_wrong_is_shown(site: Server, hub: Hub) -> None:
+    hub.status = {"generator.pt": 500}
+    site.run("small", name="start_download")
+    wait_until(lambda: not site.page.ui.models.downloads.state.running, 60)
+    assert "answered 500" in card(site.run("small", name="show")[-1])
+
+
+def test_a_page_that_may_only_switch_downloads_nothing(site: Server, published: Path, tmp_path: Path) -> None:
+    choices = replace(site.choices, mode="switch")
+    server = Server(ScriptedPipeline(), models=choices)
+    try:
+        values = server.run("small", name="show")[-1]
+        assert visible(values) == [False, False, False] and "operator" in card(values)
+        for event in ("start_download", "stop_download"):
+            with pytest.raises(Refused, match="switched off"):
+                server.run("small", name=event)
+    finally:
+        server.close()
+
+
+def test_a_page_without_a_menu_has_none_of_its_events(server: Server) -> None:
+    names = {fn.name for fn in server.demo.fns.values()}
+    assert not names & {"switch", "start_download", "stop_download", "look"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "space", "mode"),
+    [
+        ([], False, "download"),
+        (["--host", "localhost"], False, "download"),
+        (["--share", "--allow-public"], False, None),
+        (["--host", "0.0.0.0", "--auth", "me:secret"], False, None),
+        ([], True, None),
+        (["--share", "--allow-public", "--model-menu", "switch"], False, "switch"),
+        ([], True, None),
+        (["--model-menu", "off"], False, None),
+        (["--host", "0.0.0.0", "--allow-public", "--model-menu", "download"], False, "download"),
+    ],
+)
+def test_strangers_get_no_menu_unless_the_operator_says_so(monkeypatch, tmp_path, arguments, space, mode) -> None:
+    if space:
+        monkeypatch.setenv(app.SPACE_VARIABLE, "me/space")
+    choices = app.menu_choices(app.parse(arguments), tmp_path, load)
+    assert (choices.mode if choices else None) == mode
+
+
+def test_a_download_whose_program_dies_is_said(published: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.silence = 5
+    downloads = Downloads(Store(tmp_path / "home"), published)
+    downloads.start("small")
+    os.kill(downloads._process.pid, 9)
+    wait_until(lambda: not downloads.state.running)
+    assert "ended unexpectedly" in downloads.state.error
+    downloads.close()
+
+
+def test_the_page_starts_with_a_real_folder(tmp_path: Path, published: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    choices = ModelChoices(folder, load, "download", Store(tmp_path / "home"), published)
+    demo = app.build_app(ScriptedPipeline(), models=choices)
+    assert demo.fns and any(getattr(block, "label", "") == "Model" for block in demo.blocks.values())

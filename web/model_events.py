@@ -1,0 +1,94 @@
+"""What happens between the Model menu and the rest of the page."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from pipeline.errors import SelfForcingError
+from web import pieces
+from web.api import MODEL_QUEUE
+from web.events import Values, refusal
+
+if TYPE_CHECKING:
+    from web.models import ModelMenu
+    from web.page import Page
+
+
+def wire_models(page: Page, menu: ModelMenu) -> None:
+    """Connect the menu's components. To be called inside the page's blocks."""
+    events = _ModelEvents(page, menu)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    # In the queue, though it never waits there: the page shows no errors of events outside of it.
+    aside = {**quiet, "queue": True, "concurrency_limit": None}
+    menu.choice.change(events.show, [menu.choice], menu.shown, **aside)
+    menu.get.click(events.start_download, [menu.choice], menu.shown, **aside)
+    menu.end.click(events.stop_download, [menu.choice], menu.shown, **aside)
+    menu.use.click(
+        events.switch,
+        [menu.choice],
+        menu.shown,
+        concurrency_id=MODEL_QUEUE,
+        concurrency_limit=1,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    menu.timer.tick(events.look, [menu.choice, menu.seen], [*events.outputs, menu.seen, *menu.shown], **quiet)
+
+
+class _ModelEvents:
+    def __init__(self, page: Page, menu: ModelMenu) -> None:
+        self._page = page
+        self._menu = menu
+        # Not the status: it may hold the video that its visitor has just made.
+        kept = (page.ui.arrival, page.ui.status)
+        self.outputs = [page.ui.news, *(component for component in page.ui.fitted if component not in kept)]
+
+    def show(self, name: str) -> Values:
+        return self._done(name, lambda: None)
+
+    def switch(self, name: str) -> Iterator[Values]:
+        try:
+            yield from self._menu.switch(name)
+        except SelfForcingError as error:
+            raise refusal(error) from error
+        finally:
+            self._page.generator.forget_paces()
+            self._page.fit_to_model()
+
+    def start_download(self, name: str) -> Values:
+        return self._done(name, lambda: self._menu.start_download(name))
+
+    def stop_download(self, name: str) -> Values:
+        return self._done(name, self._menu.stop_download)
+
+    def _done(self, name: str, action: Callable[[], None]) -> Values:
+        try:
+            action()
+            return self._menu.show(name)
+        except SelfForcingError as error:
+            raise refusal(error) from error
+
+    def look(self, name: str, seen: str) -> Values:
+        """What every open page asks now and then: whether the model is another one, and how a download goes."""
+        page = self._page
+        new: dict[Any, Any] = dict.fromkeys(self.outputs, gr.skip())
+        shown = self.show(name)
+        # What has not changed is not drawn again, every other second, under somebody's hands.
+        changes, drawn = str(page.worker.changes), f"{zlib.crc32(repr(shown).encode()):x}"
+        seen_changes, _, seen_drawn = seen.partition(":")
+        if drawn == seen_drawn:
+            shown = tuple(gr.skip() for _ in shown)
+        if changes != seen_changes:
+            model = page.model_or_none()
+            if model is None:
+                new[page.ui.news] = pieces.news("Another model is being loaded. Videos can be made again in a moment.")
+                new[page.ui.generate] = gr.update(interactive=False)
+            else:
+                fitted = page.ui.fitted_to(model)
+                new |= {component: gr.update(**fitted[component]) for component in self.outputs[1:]}
+                new[page.ui.news] = pieces.news(f"The model is now {model.name}.")
+        return *new.values(), gr.update(value=f"{changes}:{drawn}"), *shown

@@ -1,0 +1,224 @@
+"""The Model menu: which models there are, what of them is here, and getting or exchanging one.
+
+The model is everybody's: who chooses another one changes it for all visitors. So the exchange stands in the same queue
+as the videos, all open pages are told, and a page that others can reach has no menu unless its operator wants it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import gradio as gr
+
+from pipeline.blocks import StreamingPipeline
+from pipeline.config import ModelSpec
+from pipeline.errors import InvalidRequest, SelfForcingError
+from pipeline.worker import ModelWorker
+from web.downloads import Downloads
+from weights.manifest import MANIFEST_FILE, Manifest, Model, load_manifest
+from weights.progress import gigabytes
+from weights.store import INDEX_FILE, Store
+
+MenuMode = Literal["switch", "download"]
+OWN = "own"
+"""Id of the model that the page was started with: the embedded one, unless another folder was named."""
+POLL_SECONDS = 2.0
+LOADING_POLL_SECONDS = 0.4
+
+
+@dataclass(frozen=True)
+class ModelChoices:
+    """What can be chosen, and how.
+
+    Args:
+        folder: of the model that the page starts with.
+        load: a model folder -> its pipeline; is called on the model thread.
+        mode: whether models may only be exchanged, or downloaded as well.
+    """
+
+    folder: Path
+    load: Callable[[Path], StreamingPipeline]
+    mode: MenuMode = "download"
+    store: Store = Store()
+    manifest_file: Path = MANIFEST_FILE
+
+
+class ModelMenu:
+    """The menu's part of the page. To be made inside a `gr.Blocks`."""
+
+    def __init__(self, choices: ModelChoices, worker: ModelWorker) -> None:
+        self._choices = choices
+        self._worker = worker
+        self._manifest: Manifest = load_manifest(choices.manifest_file)
+        self._own_name = _name_of(choices.folder)
+        self._current = OWN
+        self.downloads = Downloads(choices.store, choices.manifest_file)
+        with gr.Accordion("Model", open=False, elem_id="models"):
+            titles = [(self._own_name, OWN)] + [(model.title, name) for name, model in self._manifest.models.items()]
+            self.choice = gr.Dropdown(titles, value=OWN, label="Model", container=False, elem_id="model-choice")
+            self.card = gr.HTML(self.card_of(OWN), elem_id="model-card", padding=False)
+            with gr.Row(elem_id="model-buttons"):
+                self.use = gr.Button("Use this model", size="sm", elem_id="model-use", visible=False)
+                self.get = gr.Button("Download", size="sm", elem_id="model-get", visible=False)
+                self.end = gr.Button("Stop download", size="sm", elem_id="model-end", visible=False)
+        self.timer = gr.Timer(POLL_SECONDS)
+        # The state of the model that this page shows. Not a `gr.State`: a page that comes later gets the newest one.
+        self.seen = gr.Button(str(worker.changes), visible="hidden", elem_id="model-seen")
+
+    @property
+    def shown(self) -> list[Any]:
+        """The components that depend on the choice and on what is here."""
+        return [self.card, self.use, self.get, self.end]
+
+    def show(self, name: str) -> tuple[Any, ...]:
+        """New values of `shown`."""
+        state = self._state(name)
+        running = self._downloading()
+        may_get = self._choices.mode == "download"
+        missing = f" {gigabytes(size)}" if (size := self._missing_bytes(name)) else ""
+        begun = state == "partial"
+        return (
+            self.card_of(name),
+            gr.update(visible=state == "present" and name != self._current),
+            gr.update(
+                visible=state != "present" and may_get and not running,
+                value="Go on with the download" if begun else f"Download{missing}",
+            ),
+            gr.update(visible=may_get and running == name),
+        )
+
+    # ---- what the buttons do
+
+    def switch(self, name: str) -> Iterator[tuple[Any, ...]]:
+        """Exchange the model, telling how far it is. Yields values of `shown`; to be run in the queue of the model.
+
+        Raises:
+            SelfForcingError: the model is not here, or could not be loaded; then the old one is back.
+        """
+        model = self._model(name)
+        if self._state(name) != "present":
+            raise InvalidRequest(f"{self._title(name)} is not here yet. Download it first.")
+        folder = self._choices.folder if model is None else self._choices.store.model_folder(model)
+        failures: list[SelfForcingError] = []
+
+        def work() -> None:
+            try:
+                self._worker.switch(lambda: self._choices.load(folder))
+                self._current = name
+            except SelfForcingError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=work, name="switch", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            loading = self._worker.loading
+            bar = _bar(f"Loading {self._title(name)}", f"{loading.stage} …", loading.share)
+            yield (bar, *(gr.update(visible=False) for _ in range(3)))
+            thread.join(LOADING_POLL_SECONDS)
+        yield self.show(name)
+        if failures:
+            raise failures[0]
+
+    def start_download(self, name: str) -> None:
+        """Raises `InvalidRequest` if this may not or need not be, or another one goes on."""
+        if self._choices.mode != "download":
+            raise InvalidRequest("Downloads are switched off on this page. Its operator can get models.")
+        if self._model(name) is None or self._state(name) == "present":
+            raise InvalidRequest(f"{self._title(name)} is here already.")
+        self.downloads.start(name)
+
+    def stop_download(self) -> None:
+        if self._choices.mode != "download":
+            raise InvalidRequest("Downloads are switched off on this page.")
+        self.downloads.stop()
+
+    # ---- what is said
+
+    def card_of(self, name: str) -> str:
+        """Size, licence and state of a model, or how far its download is."""
+        model = self._model(name)
+        download = self.downloads.state
+        lines = []
+        if name == self._current:
+            lines.append("<p><b>In use.</b></p>")
+        if model is None:
+            return f'<div class="sf-models">{"".join(lines) or "<p>Here.</p>"}</div>'
+        if download is not None and download.running and download.model_id == name:
+            return _bar("Downloading", download.line or download.stage, download.share, download.stage)
+        if download is not None and download.error and download.model_id == name:
+            lines.append(f'<p class="sf-wrong">{escape(download.error)}</p>')
+        if name != self._current:
+            lines.append(f"<p>{escape(model.note)} {self._state_in_words(name)}</p>")
+        frame = model.spec
+        lines.append(f"<p>{frame.width}×{frame.height}, made for a GPU. {_licence(model)}</p>")
+        if download is not None and download.running and download.model_id != name:
+            lines.append(f"<p>{escape(self._title(download.model_id))} is being downloaded: {download.share:.0%}.</p>")
+        return f'<div class="sf-models">{"".join(lines)}</div>'
+
+    def _state_in_words(self, name: str) -> str:
+        state, missing = self._state(name), self._missing_bytes(name)
+        if state == "present":
+            return "It is here."
+        size = f"{gigabytes(missing)} to download" if missing else "how much there is to download shows at its start"
+        advice = "" if self._choices.mode == "download" else " The operator of this page can get it."
+        return f"{'Partly' if state == 'partial' else 'Not'} here: {size}.{advice}"
+
+    def _title(self, name: str) -> str:
+        model = self._model(name)
+        return self._own_name if model is None else model.title
+
+    def _model(self, name: str) -> Model | None:
+        if name == OWN:
+            return None
+        if not isinstance(name, str):
+            raise InvalidRequest("Choose one of the models in the list.")
+        return self._choices.store.as_installed(self._manifest.model(name), self._manifest)
+
+    def _state(self, name: str) -> str:
+        model = self._model(name)
+        return "present" if model is None else self._choices.store.presence(model)
+
+    def _downloading(self) -> str:
+        state = self.downloads.state
+        return state.model_id if state is not None and state.running else ""
+
+    def _missing_bytes(self, name: str) -> int | None:
+        """What would have to be fetched; None if nobody knows."""
+        model = self._model(name)
+        if model is None:
+            return 0
+        store = self._choices.store
+        missing = [part for part in model.parts if not store.has_part(part)]
+        if any(part.known_bytes is None for part in missing):
+            return None
+        here = sum(store.fetched_bytes(part, file.name) for part in missing for file in part.files)
+        return max(0, sum(part.known_bytes or 0 for part in missing) - here)
+
+
+def _licence(model: Model) -> str:
+    licence = model.transformer.licence
+    others = sorted({part.licence.name for part in model.parts} - {licence.name})
+    and_others = f" Parts of it: {escape(', '.join(others))}." if others else ""
+    return f"Licence <b>{escape(licence.name)}</b>: {escape(licence.terms)}{and_others}"
+
+
+def _bar(headline: str, line: str, share: float, stage: str = "") -> str:
+    return (
+        f'<div class="sf-models"><p role="status"><b>{escape(headline)}</b> {escape(line)}</p>'
+        f'<div class="sf-bar"><i style="width:{100 * share:.1f}%"></i></div>'
+        f"{f'<p>{escape(stage)}</p>' if stage else ''}</div>"
+    )
+
+
+def _name_of(folder: Path) -> str:
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        return ModelSpec.from_config(index["settings"]).name
+    except (OSError, ValueError, KeyError, TypeError, SelfForcingError):
+        return folder.name  # loading will say what is wrong with it
