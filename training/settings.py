@@ -263,11 +263,7 @@ class RolloutSettings:
         )
         steps = self.denoising_steps
         require(
-            bool(steps)
-            and all(map(math.isfinite, steps))
-            and list(steps) == sorted(set(steps), reverse=True)
-            and steps[0] <= 1000
-            and steps[-1] >= 1,
+            bool(steps) and list(steps) == sorted(set(steps), reverse=True) and all(1 <= step <= 1000 for step in steps),
             f"rollout.denoising_steps is {list(steps)}, but must fall from at most 1000 to at least 1.",
         )
         try:
