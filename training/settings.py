@@ -263,7 +263,7 @@ class RolloutSettings:
         )
         steps = self.denoising_steps
         require(
-            bool(steps) and list(steps) == sorted(set(steps), reverse=True) and all(1 <= step <= 1000 for step in steps),
+            bool(steps) and list(steps) == sorted(set(steps), reverse=True) and all(1 <= t <= 1000 for t in steps),
             f"rollout.denoising_steps is {list(steps)}, but must fall from at most 1000 to at least 1.",
         )
         try:
