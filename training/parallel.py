@@ -52,10 +52,15 @@ class Processes:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def shard(self, module: nn.Module) -> nn.Module:
-        """Spread a network over the processes, on the run's device. Frozen ones keep their dtype."""
+    def shard(self, module: nn.Module, *, exact: bool = False) -> nn.Module:
+        """Spread a network over the processes, on the run's device. Frozen ones keep their dtype.
+
+        Args:
+            exact: compute in the dtype of the weights, whatever the run's precision.
+        """
+        rounded = self.compute_dtype != self.master_dtype and not exact
         policy = MixedPrecisionPolicy(
-            param_dtype=self.compute_dtype if self.compute_dtype != self.master_dtype else None,
+            param_dtype=self.compute_dtype if rounded else None,
             reduce_dtype=self.master_dtype,
             # Inputs are cast where they should be: timesteps and rotary angles must stay in float32.
             cast_forward_inputs=False,

@@ -212,6 +212,7 @@ class GANSettings(DistillSettings):
     r2_weight: float = 0.0
     """Of the penalties on the judge's slope at real and at rolled-out clips; `critic_weight` does not scale them."""
     penalty_scale: float = 0.01
+    """Of the noise that nudges clips. The authors' value; in bfloat16 take more, or rounding is all that is seen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
