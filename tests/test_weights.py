@@ -612,6 +612,17 @@ def test_a_download_goes_on_with_the_text_encoder_that_was_chosen(hub: Hub, comm
     assert not list((store.home / ".downloads").iterdir())
 
 
+def test_a_text_encoder_stays_until_the_other_one_has_come(hub: Hub, command, store: Store) -> None:
+    assert command("download", "small")[0] == 0
+    hub.cuts = [1000] + [0] * 9
+    assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1
+    hub.cuts = []
+    assert command("download", "other")[0] == 0 and command("remove", "other")[0] == 0
+    hub.requests.clear()
+    assert command("download", "small", "--text-encoder", "text")[0] == 0
+    assert hub.requests == [] and command("verify", "small")[0] == 0
+
+
 def test_removing_leaves_no_part_of_a_download_that_never_ended(hub: Hub, command, store: Store) -> None:
     assert command("download", "small")[0] == 0
     hub.cuts = [1000] + [0] * 9

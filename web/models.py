@@ -182,7 +182,7 @@ class ModelMenu:
             lines.append("<p><b>In use.</b></p>")
         if model is None:
             return f'<div class="sf-models">{"".join(lines) or "<p>Here.</p>"}</div>'
-        if download is not None and download.running and download.model_id == name and name != self._current:
+        if download is not None and download.running and download.model_id == name:
             if download.stopped:
                 return _bar("Stopping …", "What has come is kept.", download.share)
             return _bar("Downloading", download.line or download.stage, download.share, download.stage)

@@ -107,8 +107,8 @@ class Store:
         names = _read_json(self._choice_file(model))
         if not isinstance(names, list):
             names = read_index(self.model_folder(model)).get(PARTS_FIELD)
-        for name in names if isinstance(names, list) else ():
-            if isinstance(name, str) and name in manifest.parts:
+        for name in _strings(names):
+            if name in manifest.parts:
                 model = model.with_part(manifest.parts[name])
         return model
 
@@ -221,7 +221,12 @@ class Store:
 
     def drop(self, parts: Iterable[Part], others: Iterable[Model]) -> int:
         """Delete those of the parts that none of the other models needs, be it only partly here."""
-        needed = {part.id for other in others if self.presence(other) != "absent" for part in other.parts}
+        needed: set[str] = set()
+        for other in others:
+            if self.presence(other) != "absent":
+                # Those that it is to be made of, and those that it is made of until then.
+                needed.update(part.id for part in other.parts)
+                needed.update(_strings(read_index(self.model_folder(other)).get(PARTS_FIELD)))
         places = [
             place
             for part in parts
@@ -293,6 +298,11 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _strings(values: Any) -> list[str]:
+    """Those of a list of whatever was read; none if it is no list."""
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _is_source(entry: Any) -> bool:
