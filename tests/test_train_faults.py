@@ -12,16 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import NonFiniteOutput, TrainingError, WeightsError
-from tests.training_world import make_world, stage_settings
+from pipeline.errors import NonFiniteOutput, OutOfMemory, TrainingError, WeightsError
+from tests.training_world import SIZES, make_world, stage_settings
+from training import checkpoints as checkpoints_module
+from training import console, loop, videos
+from training.faults import explained
 from training.network import WEIGHTS_FILE
+from training.ode import OdePairsStage
+from training.optim import Trainee
 from training.settings_file import as_plain
 from training.stages import run_stage
 
@@ -97,17 +104,131 @@ def test_a_killed_run_goes_on_to_the_same_weights(world: Path, tmp_path: Path) -
 def test_a_full_disk_leaves_the_checkpoint_before(world: Path, tmp_path: Path) -> None:
     changes = {"run__checkpoint_every": 1, "run__batch": 2}
     run_stage("teacher", stage_settings("teacher", world, tmp_path / "full", run__steps=2, **changes))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow further: writing fails half-way
-    try:
-        with pytest.raises(TrainingError, match=r"step 3 could not be written to .*; the one of step 2 is intact"):
-            run_stage("teacher", stage_settings("teacher", world, tmp_path / "full", run__steps=3, **changes))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        disk_of(100_000),
+        pytest.raises(TrainingError, match=r"step 3 could not be written to .*; the one of step 2 is intact"),
+    ):
+        run_stage("teacher", stage_settings("teacher", world, tmp_path / "full", run__steps=3, **changes))
     assert checkpoints(tmp_path / "full") == [2]
     for name in ("full", "straight"):
         assert run_stage("teacher", stage_settings("teacher", world, tmp_path / name, run__steps=3, **changes)) == 3
     assert_same_weights(tmp_path / "full", tmp_path / "straight")
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: writing fails half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_in_the_end_leaves_no_finished_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = stage_settings("teacher", world, tmp_path, run__steps=1, run__batch=2)
+    saved = loop.save_network
+
+    def fill_the_disk(*arguments: Any) -> None:
+        saved(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    monkeypatch.setattr(loop, "save_network", fill_the_disk)
+    with (
+        disk_of(10**9),
+        pytest.raises(TrainingError, match="cannot be read or written when the weights .* step 1 is whole"),
+    ):
+        run_stage("teacher", settings)
+    assert not (tmp_path / "settings.json").exists()  # what says that a run is finished
+    monkeypatch.undo()
+    assert run_stage("teacher", settings) == 1
+    assert json.loads((tmp_path / "settings.json").read_text())["stage"] == "teacher"
+
+
+def test_a_full_disk_ends_ode_pairs_in_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = OdePairsStage.run
+
+    def run(stage: OdePairsStage) -> int:
+        with disk_of(100):
+            return solve(stage)
+
+    monkeypatch.setattr(OdePairsStage, "run", run)
+    with pytest.raises(TrainingError, match="cannot be read or written before the first batch"):
+        run_stage("ode_pairs", stage_settings("ode_pairs", world, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_ends_the_encoding_of_videos_in_a_sentence(tmp_path: Path) -> None:
+    clip = np.zeros((6, 4, 2, 4), np.float16)
+    path = tmp_path / "latents.npy"
+    with disk_of(2 * clip.nbytes), pytest.raises(OSError):  # and not a signal, which a file mapped to memory would be
+        videos._write_clips(path, (5, *clip.shape), iter([clip] * 5))
+    videos._write_clips(path, (2, *clip.shape), iter([clip, clip + 1]))
+    found = np.load(path, mmap_mode="r")
+    assert found.dtype == np.float16 and np.array_equal(found, [clip, clip + 1])
+
+
+def test_programs_end_with_a_sentence_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with disk_of(10):
+        code = console.run(lambda: (tmp_path / "x").write_text("x" * 20))
+    assert code == 2 and capsys.readouterr().err == "A file cannot be read or written (File too large).\n"
+    assert console.run(lambda: (tmp_path / "none").read_text()) == 2
+    assert f"(No such file or directory: {tmp_path / 'none'})" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_goes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    settle, rmtree = checkpoints_module.settle, shutil.rmtree
+    monkeypatch.setattr(checkpoints_module, "settle", lambda path: (events.append(path.name), settle(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (events.append(f"-{path.name}"), rmtree(path, **how)))
+    run_stage(
+        "teacher", stage_settings("teacher", world, tmp_path, run__steps=2, run__batch=2, run__checkpoint_every=1)
+    )
+    second = events[events.index("-partial", 1) + 1 : events.index("-step-00000001") + 1]
+    assert second[-3:] == ["partial", "checkpoints", "-step-00000001"] and "settings.json" in second
+    assert any(name.endswith(".distcp") for name in second)
+
+
+def test_a_network_that_does_not_fit_is_explained(world: Path, tmp_path: Path) -> None:
+    sizes = SIZES | {"ffn_dim": 10**6, "num_attention_heads": 10**5}
+    with pytest.raises(OutOfMemory, match="The machine ran out of memory when the networks were loaded. Lower run"):
+        run_stage("teacher", stage_settings("teacher", world, tmp_path, network={"sizes": sizes}))
+
+
+def test_a_gpu_that_is_full_when_a_run_is_continued_is_explained(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stage("teacher", stage_settings("teacher", world, tmp_path, run__steps=1, run__batch=2))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainee, "load_state_dict", full)
+    with pytest.raises(OutOfMemory, match="The GPU ran out of memory when the run was continued.*step 1 is whole"):
+        run_stage("teacher", stage_settings("teacher", world, tmp_path, run__steps=2, run__batch=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (torch.distributed.DistNetworkError("recv failed"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("size mismatch for nccl_weights"), False),
+    ],
+)
+def test_a_lost_peer_is_told_from_other_errors(tmp_path: Path, error: RuntimeError, lost: bool) -> None:
+    class Two:
+        count = 2
+
+    with pytest.raises(TrainingError if lost else RuntimeError) as raised, explained(tmp_path, Two(), str, "in step 1"):
+        raise error
+    assert lost == ("Another process of this run ended in step 1." in str(raised.value))
 
 
 def test_a_process_that_ends_takes_nothing_with_it(world: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_sharded_networks_learn_what_plain_ones_do(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any]
 ) -> None:
     sharded = learnt(name, world, tmp_path, **changes)
-    monkeypatch.setattr(Processes, "shard", lambda self, module: module.to(self.device))
+    monkeypatch.setattr(Processes, "shard", lambda self, module, **_: module.to(self.device))
     assert_equal(learnt(name, world, tmp_path, **changes), sharded)
 
 

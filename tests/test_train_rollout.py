@@ -44,7 +44,7 @@ def test_rollout_samples_like_the_pipeline() -> None:
     chosen = settings(window_frames=9, sink_frames=3, context_noise=50.0, num_blocks=6)
     rollout, draws = make(network, chosen), Draws(0, 0, range(1), 1)
     prompt = embeddings()
-    latents = rollout.draw([prompt], RolloutPlan.full(chosen), draws, "x", gradients=False)
+    latents = rollout.with_noise([prompt], RolloutPlan.full(chosen), draws, "x", gradients=False)
     text = network.encode_text(prompt)
     cache = network.make_cache(CacheWindow(3, 9, 3), HEIGHT, WIDTH)
 
@@ -67,7 +67,7 @@ def test_gradients_reach_the_exit_call_of_the_last_frames_only() -> None:
     network = small_transformer().requires_grad_(True)
     chosen = settings(gradient_frames=6, num_blocks=5, window_frames=15)
     plan = RolloutPlan(5, (1, 0, 3, 2, 1))
-    latents = make(network, chosen).draw([embeddings(2)], plan, Draws(0, 0, range(2), 2), "x", gradients=True)
+    latents = make(network, chosen).with_noise([embeddings(2)], plan, Draws(0, 0, range(2), 2), "x", gradients=True)
     weight = network.proj_out.weight
     early = torch.autograd.grad(latents[:, :9].sum(), weight, retain_graph=True, allow_unused=True)[0]
     assert early is None or not early.any()
@@ -92,24 +92,24 @@ def test_only_the_leaky_cache_leads_gradients_back(cache: Any, leaks: bool) -> N
 def test_a_switched_prompt_changes_the_clip_from_its_block_on() -> None:
     network, chosen = small_transformer(), settings()
     draws, prompts = Draws(0, 0, range(1), 1), [embeddings(seed=1), embeddings(seed=2)]
-    whole = make(network, chosen).draw(prompts[:1], RolloutPlan(3, (3,) * 3), draws, "x", gradients=False)
-    switched = make(network, chosen).draw(prompts, RolloutPlan(3, (3,) * 3, 1), draws, "x", gradients=False)
+    whole = make(network, chosen).with_noise(prompts[:1], RolloutPlan(3, (3,) * 3), draws, "x", gradients=False)
+    switched = make(network, chosen).with_noise(prompts, RolloutPlan(3, (3,) * 3, 1), draws, "x", gradients=False)
     assert torch.equal(whole[:, :3], switched[:, :3])
     assert not torch.equal(whole[:, 3:6], switched[:, 3:6])
 
 
 def test_plans_are_the_same_on_every_process() -> None:
     chosen = settings(long_share=0.5, long_blocks=(4, 6), switch_share=0.5, exit_per_block=True)
-    plans = [RolloutPlan.draw(chosen, Draws(0, step, range(3), 8), "x") for step in range(40)]
-    others = [RolloutPlan.draw(chosen, Draws(0, step, range(5, 8), 8), "x") for step in range(40)]
+    plans = [RolloutPlan.random(chosen, Draws(0, step, range(3), 8), "x") for step in range(40)]
+    others = [RolloutPlan.random(chosen, Draws(0, step, range(5, 8), 8), "x") for step in range(40)]
     assert plans == others
     assert {plan.num_blocks for plan in plans} == {3, 4, 5, 6}
     assert any(len(set(plan.exit_steps)) > 1 for plan in plans)
     switches = [(plan.num_blocks, plan.switch_block) for plan in plans if plan.switch_block is not None]
     assert 5 < len(switches) < 35 and all(max(1, blocks - 2) <= switch < blocks for blocks, switch in switches)
-    together = [RolloutPlan.draw(settings(), Draws(0, step, range(1), 1), "x").exit_steps for step in range(40)]
+    together = [RolloutPlan.random(settings(), Draws(0, step, range(1), 1), "x").exit_steps for step in range(40)]
     assert all(len(set(steps)) == 1 for steps in together) and len({steps[0] for steps in together}) == 4
-    last = RolloutPlan.draw(settings(last_step_only=True), Draws(0, 0, range(1), 1), "x")
+    last = RolloutPlan.random(settings(last_step_only=True), Draws(0, 0, range(1), 1), "x")
     assert last.exit_steps == (3, 3, 3)
 
 

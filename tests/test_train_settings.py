@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import InvalidSettings, OptionUnavailable, SelfForcingError
-from tests.training_world import make_world, stage_settings
+from tests.training_world import SIZES, make_world, stage_settings
 from training.settings import OptimizerSettings, RolloutSettings
 from training.settings_file import load_settings
 from training.stages import STAGES, run_stage
@@ -46,8 +48,8 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("zzz=1", r"zzz in adam.toml is no setting; there are kind, rate"),
         ("rate=fast", r"rate is 'fast' in adam.toml, but must be a number"),
         ("rate=true", "rate is True in adam.toml, but must be a number"),
-        ("rate=-1", "optimizer rate is -1.0, but must be between 0 and 1"),
-        ("rate=nan", "optimizer rate is nan"),
+        ("rate=-1", "optimizer.rate is -1.0, but must be between 0 and 1"),
+        ("rate=nan", "optimizer.rate is nan"),
         ("kind=sgd", "kind is 'sgd' in adam.toml, but must be one of adamw, muon"),
         ("betas=[0.9]", r"betas is \[0.9\] in adam.toml, but must be a list of 2"),
         ("betas=0.9", "betas is 0.9 in adam.toml, but must be a list"),
@@ -63,6 +65,15 @@ def test_wrong_settings_are_refused(tmp_path: Path, override: str, message: str)
         load_settings(OptimizerSettings, path, [override])
 
 
+def test_a_section_keeps_its_own_defaults(world: Path, tmp_path: Path) -> None:
+    """The critic's rate is not the generator's, however much of its section is given."""
+    for given in ({}, {"clip": 1.0}):
+        critic = stage_settings("dmd", world, tmp_path / "out", critic_optimizer=given).critic_optimizer
+        assert (critic.rate, critic.average_decay) == (4e-7, 0.0)
+    with pytest.raises(InvalidSettings, match="critic_optimizer.rate is 2.0"):
+        stage_settings("dmd", world, tmp_path / "out", critic_optimizer={"rate": 2.0})
+
+
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="There is no settings file"):
         load_settings(OptimizerSettings, tmp_path / "none.toml")
@@ -70,6 +81,10 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     broken.write_text("rate = = 1")
     with pytest.raises(InvalidSettings, match="broken.toml cannot be read"):
         load_settings(OptimizerSettings, broken)
+    listed = tmp_path / "list.json"
+    listed.write_text("[1, 2]")
+    with pytest.raises(InvalidSettings, match="list.json holds a list, but must hold sections"):
+        load_settings(OptimizerSettings, listed)
     with pytest.raises(InvalidSettings, match="run is missing"):
         load_settings(STAGES["dmd"].settings_kind, None)
 
@@ -87,6 +102,10 @@ ROLLOUT = {"height": 2, "width": 4, "block_frames": 3, "num_blocks": 3, "window_
         ({"long_share": 0.5}, r"rollout.long_blocks is \[0, 0\]"),
         ({"long_share": 0.5, "long_blocks": (4, 5), "long_window": "sink"}, "needs a sink"),
         ({"switch_share": 2.0}, "rollout.switch_share is 2.0"),
+        ({"gradient_frames": 2}, "rollout.gradient_frames is 2, but must be 0 or at least the 3 frames of a block"),
+        ({"gradient_frames": -3}, "rollout.gradient_frames is -3"),
+        ({"denoising_steps": (1000.0, float("nan"), 250.0)}, "must fall from at most 1000"),
+        ({"num_blocks": 1, "long_share": 1.0, "long_blocks": (2, 3)}, "nothing of a long rollout would be scored"),
     ],
 )
 def test_impossible_rollouts_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -114,6 +133,44 @@ def test_impossible_rollouts_are_refused(changes: dict[str, Any], message: str) 
         ("causal", {"lengths": [1]}, "shifts has 0 values for 1 lengths"),
         ("causal", {"lengths": [1], "shifts": [1.0], "curriculum": [[0.0, 0.5, 0.6]]}, "shares of sum 1"),
         ("causal", {"block_frames": 4}, "6 frames do not divide into blocks of 4"),
+        ("causal", {"block_frames": 0}, "block_frames is 0"),
+        ("causal", {"window_frames": -1}, "window_frames is -1"),
+        ("causal", {"window_frames": 2, "block_frames": 3}, "window_frames is 2, but must be 0 or hold a block of 3"),
+        ("causal", {"shift": 0}, "shift is 0.0"),
+        ("causal", {"subject_weight": -1}, "subject_weight is -1.0"),
+        (
+            "causal",
+            {"lengths": [9], "shifts": [1.0], "curriculum": [[0.0, 0.5, 0.5]]},
+            "lengths is 9, but must be between 1 and 6",
+        ),
+        ("causal", {"lengths": [3], "shifts": [0.0], "curriculum": [[0.0, 0.5, 0.5]]}, "shifts is 0.0"),
+        ("causal", {"lengths": [3], "shifts": [1.0], "curriculum": [[0.0, -0.5, 1.5]]}, "shares of sum 1"),
+        ("causal", {"lengths": [3], "shifts": [1.0], "curriculum": [[0.0, 1, 0], [0.5, 1, 0], [0.2, 0, 1]]}, "rise"),
+        ("teacher", {"first_frame": True}, "first_frame is for causal attention"),
+        ("teacher", {"clean_blocks": 0.5}, "clean_blocks is for causal attention"),
+        ("teacher", {"window_frames": 3}, "window_frames is for causal attention"),
+        ("teacher", {"block_frames": 3}, "block_frames is for causal attention"),
+        ("gan", {"shift": -1}, "shift is -1.0"),
+        ("gan", {"low": 900, "high": 100}, "high is 100.0, but must be between 900 and 1000"),
+        ("gan", {"critic_warmup": -1}, "critic_warmup is -1"),
+        ("gan", {"weight": -1}, "weight is -1.0"),
+        ("gan", {"critic_weight": -1}, "critic_weight is -1.0"),
+        ("gan", {"r1_weight": -1}, "r1_weight is -1.0"),
+        ("gan", {"r2_weight": -1}, "r2_weight is -1.0"),
+        ("sid", {"alpha": -1}, "alpha is -1.0"),
+        ("dmd", {"score__fake_guidance": -1}, "score.fake_guidance is -1.0"),
+        ("dmd", {"generator_every": 0}, "generator_every is 0"),
+        ("dmd", {"rollout__height": 3}, "rollout.height is 3, but must be a multiple of the network's patch, 2"),
+        ("ode_pairs", {"rollout__width": 3}, "rollout.width is 3, but must be a multiple"),
+        ("ode_pairs", {"guidance": -1}, "guidance is -1.0"),
+        ("dmd", {"text__length": 0}, "text.length is 0"),
+        ("dmd", {"run__sheet_clips": 0}, "run.sheet_clips is 0"),
+        ("teacher", {"network": {"sizes": SIZES | {"num_layers": 0}}}, "network.sizes.num_layers is 0"),
+        ("teacher", {"network": {"sizes": SIZES | {"attention_head_dim": 7}}}, "attention_head_dim is 7"),
+        ("teacher", {"network": {"sizes": SIZES | {"freq_dim": 15}}}, "freq_dim is 15"),
+        ("teacher", {"network": {"sizes": SIZES | {"out_channels": 5}}}, "out_channels is 5"),
+        ("teacher", {"run__sheet_every": 1, "run__decoder": "nowhere"}, "run.decoder nowhere holds no Wan VAE"),
+        ("dmd", {"vae": "nowhere"}, "vae nowhere holds no Wan VAE"),
         ("ode_pairs", {"solver_steps": 5}, "none of the solver's 5 steps"),
         ("ode", {"pairs": "nowhere"}, "nowhere holds no ODE pairs"),
     ],
@@ -135,6 +192,34 @@ def test_a_gpu_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> None
         run_stage("dmd", stage_settings("dmd", world, tmp_path, run__device="cuda"))
     with pytest.raises(InvalidSettings, match="run.cpu_offload is true"):
         run_stage("dmd", stage_settings("dmd", world, tmp_path, run__cpu_offload=True))
+
+
+def test_a_decoder_for_other_latents_is_refused(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vae"
+    shutil.copytree(world / "vae", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"z_dim": 16}))
+    with pytest.raises(InvalidSettings, match="run.decoder .* is for latents of 16 channels, but the network has 4"):
+        run_stage("dmd", stage_settings("dmd", world, tmp_path / "out", run__sheet_every=1, run__decoder=str(other)))
+    (other / "config.json").write_text("{")
+    with pytest.raises(InvalidSettings, match="run.decoder .* holds no Wan VAE"):
+        run_stage("dmd", stage_settings("dmd", world, tmp_path / "out", run__sheet_every=1, run__decoder=str(other)))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_networks_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr("training.stage.load_network", loaded)
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "out"):
+        with pytest.raises(InvalidSettings, match=r"run.out .*file.* cannot be written to \("):
+            run_stage("teacher", stage_settings("teacher", world, out))
+        with pytest.raises(InvalidSettings, match=r"run.out .*file.* cannot be written to \("):
+            run_stage("ode_pairs", stage_settings("ode_pairs", world, out))
 
 
 def test_a_batch_must_divide_among_processes(world: Path, tmp_path: Path) -> None:

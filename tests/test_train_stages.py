@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import GenerationRequest, SelfForcingPipeline
-from pipeline.errors import InvalidSettings
+from pipeline.errors import WeightsError
 from tests.training_world import make_world, stage_settings
 from training import export
 from training.__main__ import main
@@ -202,7 +202,9 @@ def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_pa
     settings = stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2)
     run_stage("ode_pairs", settings)
     files = sorted(tmp_path.glob("pairs-*.safetensors"))
-    assert [path.stem for path in files] == [f"pairs-00000{step}-0000{first}" for step in (0, 1) for first in (0, 2)]
+    assert [path.stem for path in files] == [
+        f"pairs-00000{step}-0000{first}-0000{first + 1}" for step in (0, 1) for first in (0, 2)
+    ]
     before, times = [path.read_bytes() for path in files], [path.stat().st_mtime_ns for path in files]
     files[2].unlink()
     run_stage("ode_pairs", settings)
@@ -213,7 +215,7 @@ def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_pa
         False,
         True,
     ]
-    with pytest.raises(InvalidSettings, match="pairs made with other settings: guidance was 5.0 and is now 1.0"):
+    with pytest.raises(WeightsError, match="pairs was made with other settings: guidance was 5.0 and is now 1.0"):
         run_stage(
             "ode_pairs", stage_settings("ode_pairs", world, tmp_path, run__steps=2, run__micro_batch=2, guidance=1)
         )

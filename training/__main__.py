@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import SelfForcingError, TrainingError
+from training.faults import LastWords
 from training.settings_file import load_settings
 from training.stages import STAGES, run_stage
 
@@ -31,16 +32,33 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(message)s")
+    words = LastWords()
     try:
-        run_stage(options.stage, load_settings(STAGES[options.stage].settings_kind, options.settings, options.override))
+        stage = STAGES[options.stage]
+        settings = load_settings(stage.settings_kind, options.settings, options.override)
+        if leads:
+            words.watch(lambda: f"{_why_ended()} {stage.saved(settings)}")
+        run_stage(options.stage, settings)
     except SelfForcingError as error:
         if not leads and not isinstance(error, TrainingError):
             # Most likely the first process says the same. It must get the time to: torchrun ends them all with one.
             time.sleep(LEADERS_WORD)
-        sys.stderr.write(f"\n{error}\n")
+        words.say(str(error))
         return 1 if isinstance(error, TrainingError) else 2
+    finally:
+        words.forget()
     return 0
 
 
+def _why_ended() -> str:
+    """What SIGTERM most likely means."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "This run was told to end, most likely because another of its processes has ended."
+    return "This run was told to end."
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if code := main():
+        # Not by sys.exit: after an error the group of processes still stands, and taking it down waits for peers.
+        sys.stdout.flush()
+        os._exit(code)

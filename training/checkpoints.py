@@ -9,27 +9,65 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.errors import TrainingError, WeightsError
+from training.files import settle
 from training.parallel import Processes
 from training.settings_file import as_plain, first_difference
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "settings.json"
+FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
 MAY_CHANGE = {
     "run": ("out", "steps", "minutes", "device", "micro_batch", "checkpoint_every", "sheet_every", "sheet_clips")
     + ("decoder", "gradient_checkpointing", "cpu_offload")
 }
 """Settings that a continued run may have otherwise: they do not change what is learnt from what."""
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint in a run's folder, the same on every process."""
+    return max((out / FOLDER).glob("step-*[0-9]"), default=None)
+
+
+def saved_so_far(out: Path) -> str:
+    """A sentence about what a run that ends now leaves to the next start."""
+    newest = newest_checkpoint(out)
+    if newest is None:
+        return "Nothing was saved yet: start it again."
+    return f"The checkpoint of step {_step(newest)} is whole: the same command goes on from there."
+
+
+def check_continues(path: Path, described: Mapping[str, Any], what: str) -> None:
+    """Refuse to continue what was begun with other settings.
+
+    Args:
+        path: where those it was begun with were written.
+        described: stage and settings of now.
+        what: beginning of a sentence: what was begun.
+
+    Raises:
+        WeightsError: naming the first setting that differs, or the file if it is damaged.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        was = {"stage": saved.get("stage", described["stage"])}
+        difference = first_difference(was, {"stage": described["stage"]})
+        difference = difference or first_difference(_fixed(saved), _fixed(described))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{what} is damaged ({path.name} cannot be read): delete it.") from error
+    if difference:
+        raise WeightsError(
+            f"{what} was made with other settings: {difference}. Take another run.out, or the old setting."
+        )
 
 
 class Checkpoints:
@@ -42,13 +80,14 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, stage: str, settings: Any, processes: Processes) -> None:
-        self.folder = folder / "checkpoints"
+        self.out = folder
+        self.folder = folder / FOLDER
         self.processes = processes
         self.described = {"stage": stage, "settings": as_plain(settings)}
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on every process."""
-        return max(self.folder.glob("step-*[0-9]"), default=None)
+        return newest_checkpoint(self.out)
 
     def check(self) -> None:
         """Refuse to continue what was begun with other settings.
@@ -56,19 +95,8 @@ class Checkpoints:
         Raises:
             WeightsError: naming the first setting that differs.
         """
-        if (path := self.newest()) is None:
-            return
-        try:
-            saved = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"The checkpoint {path.name} in {self.folder} is damaged: delete it.") from error
-        difference = first_difference({"stage": saved["stage"]}, {"stage": self.described["stage"]})
-        difference = difference or first_difference(_fixed(saved), _fixed(self.described))
-        if difference:
-            raise WeightsError(
-                f"The checkpoint in {self.folder} was made with other settings: {difference}. Take another run.out, "
-                "or the old setting."
-            )
+        if (path := self.newest()) is not None:
+            check_continues(path / SETTINGS_FILE, self.described, f"The checkpoint {path.name} in {self.folder}")
 
     def load(self, state: dict[str, Any]) -> int:
         """Fill `state` from the newest checkpoint; returns its step, 0 if there is none."""
@@ -77,11 +105,13 @@ class Checkpoints:
             return 0
         try:
             dcp.load(state, checkpoint_id=str(path))
+        except torch.OutOfMemoryError:
+            raise
         except (CheckpointException, OSError, RuntimeError, KeyError) as error:
             raise WeightsError(
                 f"The checkpoint {path.name} in {self.folder} cannot be read: {_cause(error)}."
             ) from error
-        return int(path.name.removeprefix("step-"))
+        return _step(path)
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Write a checkpoint; the one before it goes when it is whole.
@@ -104,17 +134,29 @@ class Checkpoints:
         except (CheckpointException, OSError, RuntimeError) as error:
             if self.processes.leads:
                 shutil.rmtree(partial, ignore_errors=True)
-            kept = f"the one of step {int(before.name[5:])} is intact" if before else "there is none before it"
-            raise TrainingError(
-                f"The checkpoint of step {step} could not be written to {self.folder} ({_cause(error)}); {kept}."
-            ) from error
+            raise self._failed(step, before, error) from error
         if self.processes.leads:
-            _settle(partial)
-            partial.rename(path)
+            try:
+                for written in (*partial.iterdir(), partial):  # a name must never outlive its contents
+                    settle(written)
+                partial.rename(path)
+                settle(self.folder)
+            except OSError as error:
+                raise self._failed(step, before, error) from error
             for older in self.folder.glob("step-*"):
                 if older != path:
                     shutil.rmtree(older, ignore_errors=True)
         self.processes.barrier()
+
+    def _failed(self, step: int, before: Path | None, error: Exception) -> TrainingError:
+        kept = f"the one of step {_step(before)} is intact" if before else "there is none before it"
+        return TrainingError(
+            f"The checkpoint of step {step} could not be written to {self.folder} ({_cause(error)}); {kept}."
+        )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fixed(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,13 +166,6 @@ def _fixed(described: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for section, value in described["settings"].items()
     }
-
-
-def _settle(folder: Path) -> None:
-    """Have the files on the disk before their folder gets its name: a name must never outlive its contents."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _cause(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""How the programs of training end: with 0, or with one sentence and 2."""
+"""How the programs of training end: with 0, or with one sentence and 2, also where a disk is full."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def run(work: Callable[[], object]) -> int:
         work()
     except SelfForcingError as error:
         sys.stderr.write(f"{error}\n")
+        return 2
+    except OSError as error:
+        name = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"A file cannot be read or written ({error.strerror or error}{name}).\n")
         return 2
     return 0
 

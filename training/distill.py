@@ -14,8 +14,7 @@ from torch import Tensor
 
 from training.draws import Draws
 from training.losses import score_timesteps
-from training.network import load_vae
-from training.ode import clip_shape
+from training.network import check_vae, clip_shape, load_vae
 from training.optim import Trainee
 from training.parallel import Processes
 from training.rollout import Rollout, RolloutPlan
@@ -37,6 +36,13 @@ class DistillStage(Stage[Kind]):
         shape = clip_shape(settings.rollout, settings.network)[1:]
         self.rollout = Rollout(network, settings.rollout, shape, processes.device, processes.compute_dtype)
         self.vae = load_vae(settings.vae, processes.device) if settings.vae else None
+
+    @classmethod
+    def check(cls, settings: Kind) -> None:
+        super().check(settings)
+        _, channels, _, _ = clip_shape(settings.rollout, settings.network)
+        if settings.vae:
+            check_vae("vae", settings.vae, channels)
 
     @abstractmethod
     def captions(self, draws: Draws, purpose: str) -> list[str]:
@@ -70,12 +76,12 @@ class DistillStage(Stage[Kind]):
     def roll(self, draws: Draws, purpose: str, *, gradients: bool) -> Scored:
         """New clips of the generator, cut to the window that is scored, in the dtype of the weights."""
         settings = self.settings.rollout
-        plan = RolloutPlan.draw(settings, draws, purpose)
+        plan = RolloutPlan.random(settings, draws, purpose)
         captions = [self.captions(draws, purpose)]
         if plan.switch_block is not None:
             captions.append(self.captions(draws, f"{purpose}/switched"))
         prompts = [self.embed(group) for group in captions]
-        latents = self.rollout.draw(prompts, plan, draws, purpose, gradients=gradients)
+        latents = self.rollout.with_noise(prompts, plan, draws, purpose, gradients=gradients)
         return scored_window(latents.to(self.processes.master_dtype), plan, settings, prompts, self.vae)
 
     def times(self, draws: Draws, purpose: str, scored: Tensor, shift: float, low: float, high: float) -> Tensor:
@@ -88,4 +94,4 @@ class DistillStage(Stage[Kind]):
     def sample(self, draws: Draws) -> tuple[list[str], Tensor]:
         captions = self.captions(draws, "sample")
         plan = RolloutPlan.full(self.settings.rollout)
-        return captions, self.rollout.draw([self.embed(captions)], plan, draws, "sample", gradients=False)
+        return captions, self.rollout.with_noise([self.embed(captions)], plan, draws, "sample", gradients=False)

@@ -36,7 +36,9 @@ class GANStage(DistillStage[GANSettings]):
         width = config.num_attention_heads * config.attention_head_dim
         head = DiscriminatorHead(width, config.num_attention_heads, settings.taps, settings.time_embedding)
         head = head.initialise(settings.run.seed).to(processes.master_dtype)
-        self.head = processes.shard(head)
+        # Verdicts are compared with those on clips that differ a little: rounded to bfloat16 they would not differ at
+        # all, or by much too much.
+        self.head = processes.shard(head, exact=True)
         self.trainees["head"] = Trainee(self.head, settings.critic_optimizer, settings.run.steps)
         self.clips = ClipSampler(open_clips(settings.clips), settings.clips, settings.rollout.block_frames)
 
@@ -68,8 +70,8 @@ class GANStage(DistillStage[GANSettings]):
         noisy = self.score.noised(clips, noise, times) + nudge
         taps: dict[int, Tensor] = dict.fromkeys((*self.settings.taps, TIME_EMBEDDING))  # type: ignore[arg-type]
         self.score.flow(noisy, times, self.score.encode(embeds), taps)
-        features = [taps[layer] for layer in self.settings.taps]
-        return self.head(features, taps[TIME_EMBEDDING][:, 0]).to(clips.dtype)
+        features = [taps[layer].to(clips.dtype) for layer in self.settings.taps]
+        return self.head(features, taps[TIME_EMBEDDING][:, 0].to(clips.dtype))
 
     def generator_loss(self, scored: Scored, draws: Draws) -> Tensor:
         settings, clips = self.settings, scored.clips

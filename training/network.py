@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import asdict
@@ -15,12 +16,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from pipeline.errors import TrainingError, WeightsError
+from pipeline.errors import InvalidSettings, TrainingError, WeightsError
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel
-from training.settings import NetworkSettings, NetworkSizes, TextSettings
+from training.settings import NetworkSettings, NetworkSizes, RolloutSettings, TextSettings, require
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+DEFAULT_PATCH = inspect.signature(CausalWanTransformer3DModel.__init__).parameters["patch_size"].default
+"""Frames, rows and columns that the class joins into a token where a config does not say."""
 
 
 def build_network(sizes: NetworkSizes, seed: int = 0) -> CausalWanTransformer3DModel:
@@ -92,6 +95,19 @@ def network_config(settings: NetworkSettings) -> dict[str, Any]:
         raise WeightsError(f"The config.json in {folder} is damaged.") from error
 
 
+def clip_shape(settings: RolloutSettings, network: NetworkSettings) -> tuple[int, int, int, int]:
+    """F, C, h, w of the clips a rollout is scored on.
+
+    Raises:
+        InvalidSettings: the network cannot cut their frames into its patches.
+    """
+    config = network_config(network)
+    _, rows, columns = config.get("patch_size", DEFAULT_PATCH)
+    for name, size, patch in (("height", settings.height, rows), ("width", settings.width, columns)):
+        require(size % patch == 0, f"rollout.{name} is {size}, but must be a multiple of the network's patch, {patch}.")
+    return settings.frames, config["in_channels"], settings.height, settings.width
+
+
 def save_network(config: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a diffusers folder beside its place and move it there whole.
 
@@ -144,6 +160,28 @@ def load_vae(folder: str, device: torch.device | str = "cpu") -> AutoencoderKLWa
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{folder} holds no Wan VAE: {error}.") from error
     return vae.eval().requires_grad_(False).to(device)
+
+
+def check_vae(name: str, folder: str, channels: int) -> None:
+    """Refuse a folder that `load_vae` could not load, without loading it, or one for other latents.
+
+    Args:
+        name: of the setting that names the folder.
+        channels: the network's.
+
+    Raises:
+        InvalidSettings: naming both.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind, found = config["_class_name"], config["z_dim"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidSettings(f"{name} {folder} holds no Wan VAE: it has no config.json of one.") from error
+    require(kind == AutoencoderKLWan.__name__, f"{name} {folder} holds no Wan VAE, but a {kind}.")
+    require(
+        any(Path(folder).glob("*.safetensors")), f"{name} {folder} holds no Wan VAE: it has a config, but no weights."
+    )
+    require(found == channels, f"{name} {folder} is for latents of {found} channels, but the network has {channels}.")
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,24 +18,21 @@ from tqdm import tqdm
 
 from pipeline.errors import TrainingDataError, TrainingError
 from pipeline.sampler import FlowSchedule
+from training.checkpoints import check_continues
 from training.draws import Draws
+from training.faults import explained
+from training.files import settle, write_whole
 from training.losses import clean_loss
-from training.network import network_config
+from training.network import clip_shape
 from training.parallel import Processes
 from training.prompts import open_prompts
 from training.rollout import Rollout, RolloutPlan
 from training.score import ScoreNetwork, solve_ode
-from training.settings import NetworkSettings, RolloutSettings, require
-from training.settings_file import as_plain, first_difference
+from training.settings_file import as_plain
 from training.stage import Metrics, Stage, check_prompts
 from training.stage_settings import OdePairsSettings, OdeSettings
 
 MARKER = "pairs.json"
-
-
-def clip_shape(settings: RolloutSettings, network: NetworkSettings) -> tuple[int, int, int, int]:
-    """F, C, h, w of the clips a rollout is scored on."""
-    return settings.frames, network_config(network)["in_channels"], settings.height, settings.width
 
 
 class OdePairsStage(Stage[OdePairsSettings]):
@@ -62,40 +60,41 @@ class OdePairsStage(Stage[OdePairsSettings]):
     def check(cls, settings: OdePairsSettings) -> None:
         super().check(settings)
         check_prompts(settings, settings.prompts)
+        clip_shape(settings.rollout, settings.network)
         marker = Path(settings.run.out) / MARKER
         if marker.is_file():
-            saved = json.loads(marker.read_text(encoding="utf-8"))["settings"]
-            for described in (saved, current := as_plain(settings)):
-                for name in ("steps", "minutes", "device"):
-                    described["run"].pop(name)
-            difference = first_difference(saved, current)
-            require(difference is None, f"{marker.parent} holds pairs made with other settings: {difference}.")
+            check_continues(marker, _described(settings), f"What {marker.parent} holds of ODE pairs")
+
+    @classmethod
+    def saved(cls, settings: OdePairsSettings) -> str:
+        return "The files written so far are whole: the same command goes on from there."
 
     def run(self) -> int:
         """Solve for every batch that has no file yet. Returns the number of batches there are."""
         settings, processes = self.settings, self.processes
-        if processes.leads:
-            self.out.mkdir(parents=True, exist_ok=True)
-            marker = self.out / f"{MARKER}.partial"
-            marker.write_text(json.dumps({"settings": as_plain(settings)}, indent=1), encoding="utf-8")
-            marker.replace(self.out / MARKER)
-        processes.barrier()
-        for step in tqdm(
-            range(settings.run.steps), desc="ode_pairs", unit="batch", disable=not processes.leads or None
-        ):
-            self.step(step)
+        doing = "before the first batch"
+        with explained(self.out, processes, lambda: self.saved(settings), lambda: doing):
+            if processes.leads:
+                write_whole(self.out / MARKER, json.dumps(_described(settings), indent=1))
+            processes.barrier()
+            for step in tqdm(
+                range(settings.run.steps), desc="ode_pairs", unit="batch", disable=not processes.leads or None
+            ):
+                doing = f"in batch {step + 1}"
+                self.step(step)
         return settings.run.steps
 
     def step(self, step: int) -> Metrics:
         for part in self.parts(step):
-            path = self.out / f"pairs-{step:06d}-{part.samples[0]:05d}.safetensors"
             # The network is spread over the processes: they leave a part out together or not at all.
-            if self.processes.mean(torch.tensor(float(path.is_file()))) == 1:
+            if self.processes.mean(torch.tensor(float(self._is_there(step, part)))) == 1:
                 continue
             captions, states = self.solve(part)
+            path = self.out / f"pairs-{step:06d}-{part.samples[0]:05d}-{part.samples[-1]:05d}.safetensors"
             partial = path.with_suffix(".partial")
             try:
                 save_file({"states": states}, partial, metadata={"captions": json.dumps(captions)})
+                settle(partial)
                 partial.replace(path)
             except (OSError, SafetensorError) as error:
                 partial.unlink(missing_ok=True)
@@ -103,6 +102,11 @@ class OdePairsStage(Stage[OdePairsSettings]):
                     f"{path.name} could not be written ({error}); the files before it are whole."
                 ) from error
         return {}
+
+    def _is_there(self, step: int, part: Draws) -> bool:
+        """Whether files hold all samples of a part, also where other numbers of processes have cut the batch."""
+        found = {sample for path in self.out.glob(f"pairs-{step:06d}-*.safetensors") for sample in _samples(path)}
+        return found.issuperset(part.samples)
 
     def solve(self, draws: Draws) -> tuple[list[str], Tensor]:
         """Prompts and their trajectories at the student's timesteps, float16 [B, K + 1, F, C, h, w]."""
@@ -120,41 +124,71 @@ class OdePairsStage(Stage[OdePairsSettings]):
         return captions, states[:, -1]
 
 
+def _described(settings: OdePairsSettings) -> dict[str, Any]:
+    return {"stage": "ode_pairs", "settings": as_plain(settings)}
+
+
+def _samples(path: Path) -> range:
+    """The samples of its batch that a file of pairs holds: from its name, or of older ones its first and its length."""
+    first, *last = map(int, path.stem.split("-")[2:])
+    return range(first, last[0] + 1 if last else first + _read_header(path)[0][0])
+
+
+def _read_header(path: Path) -> tuple[tuple[int, ...], list[str]]:
+    """Shape of a file's states, and their prompts.
+
+    Raises:
+        TrainingDataError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shape = tuple(file.get_slice("states").get_shape())
+            captions = json.loads(file.metadata()["captions"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingDataError(
+            f"{path.name} in {path.parent} is damaged: delete it and make it again with the stage ode_pairs."
+        ) from error
+    return shape, captions
+
+
 class PairFiles:
     """The trajectories a run of `ode_pairs` wrote.
+
+    Their order is that of batches and samples: how many processes made them, and whether a part was made again by
+    another number of them, changes nothing.
 
     Raises:
         TrainingDataError: there are none, or a file is damaged or of another shape.
     """
 
     def __init__(self, folder: Path, states: int, shape: tuple[int, ...]) -> None:
-        self._rows: list[tuple[Path, int]] = []
-        self._captions: list[str] = []
+        rows: dict[tuple[int, int], tuple[Path, int, str]] = {}
         for path in sorted(folder.glob("pairs-*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    found = tuple(file.get_slice("states").get_shape())
-                    captions = json.loads(file.metadata()["captions"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise TrainingDataError(f"{path.name} in {folder} is damaged: delete it and make it again.") from error
+            found, captions = _read_header(path)
             if found[1:] != (states, *shape):
                 raise TrainingDataError(
                     f"{path.name} in {folder} has trajectories of shape {found[1:]}, but {(states, *shape)} is needed."
                 )
-            self._rows += [(path, row) for row in range(found[0])]
-            self._captions += captions
-        if not self._rows:
+            step = int(path.stem.split("-")[1])
+            for row, (sample, caption) in enumerate(zip(_samples(path), captions, strict=True)):
+                rows.setdefault((step, sample), (path, row, caption))
+        if not rows:
             raise TrainingDataError(f"{folder} holds no ODE pairs: make them with the stage ode_pairs.")
+        self._rows = [rows[key] for key in sorted(rows)]
 
     def draw(self, draws: Draws) -> tuple[list[str], Tensor]:
         """Prompts and trajectories [B, K + 1, F, C, h, w], float32."""
-        chosen = [int(rng.integers(len(self._rows))) for rng in draws.own("pair")]
-        states = []
-        for index in chosen:
-            path, row = self._rows[index]
-            with safe_open(path, "pt") as file:
-                states.append(file.get_slice("states")[row : row + 1].float())
-        return [self._captions[index] for index in chosen], torch.cat(states)
+        drawn = [self[int(rng.integers(len(self)))] for rng in draws.own("pair")]
+        return [caption for caption, _ in drawn], torch.stack([states for _, states in drawn])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        """A prompt and its trajectory [K + 1, F, C, h, w], float32."""
+        path, row, caption = self._rows[index]
+        with safe_open(path, "pt") as file:
+            return caption, file.get_slice("states")[row].float()
 
 
 class OdeStage(Stage[OdeSettings]):
@@ -206,4 +240,4 @@ class OdeStage(Stage[OdeSettings]):
         processes = self.processes
         sampler = Rollout(self.score.network, rollout, self.shape[1:], processes.device, processes.compute_dtype)
         plan = RolloutPlan.full(rollout)
-        return captions, sampler.draw([self.embed(captions)], plan, draws, "sample", gradients=False)
+        return captions, sampler.with_noise([self.embed(captions)], plan, draws, "sample", gradients=False)

@@ -52,10 +52,15 @@ class Processes:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def shard(self, module: nn.Module) -> nn.Module:
-        """Spread a network over the processes, on the run's device. Frozen ones keep their dtype."""
+    def shard(self, module: nn.Module, *, exact: bool = False) -> nn.Module:
+        """Spread a network over the processes, on the run's device. Frozen ones keep their dtype.
+
+        Args:
+            exact: compute in the dtype of the weights, whatever the run's precision.
+        """
+        rounded = self.compute_dtype != self.master_dtype and not exact
         policy = MixedPrecisionPolicy(
-            param_dtype=self.compute_dtype if self.compute_dtype != self.master_dtype else None,
+            param_dtype=self.compute_dtype if rounded else None,
             reduce_dtype=self.master_dtype,
             # Inputs are cast where they should be: timesteps and rotary angles must stay in float32.
             cast_forward_inputs=False,
@@ -94,7 +99,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     A group that exists already is used and kept: a program may run several stages in it.
 
     Raises:
-        OptionUnavailable: a GPU was asked for and there is none.
+        OptionUnavailable: a GPU was asked for and there is none, or there are fewer than processes.
         InvalidSettings: the batch cannot be shared out, or weights cannot be kept off a GPU that is not there.
     """
     # Raised for every block; nothing here changes what a network returns in place.
@@ -107,7 +112,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if settings.cpu_offload and not gpu:
         raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu())
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     joined = dist.is_initialized()
     if joined:
@@ -116,6 +121,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
+    leave = count == 1
     try:
         compute = _COMPUTE[settings.precision]
         yield Processes(
@@ -127,9 +133,23 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
             master_dtype=torch.float64 if compute == torch.float64 else torch.float32,
             cpu_offload=settings.cpu_offload,
         )
+        leave = True
     finally:
-        if not joined:
+        # After an error of one of several, leaving in good order could wait for peers that are gone, or busy.
+        if leave and not joined:
             dist.destroy_process_group()
+
+
+def own_gpu() -> int:
+    """Number of the GPU that is this process's on its machine."""
+    index, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    wanted = max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted > found:
+        raise OptionUnavailable(
+            f"{wanted} processes were started on this machine, but torch finds {found} GPUs: start one for each GPU "
+            f"(torchrun --nproc-per-node {found}), or set run.device to 'cpu'."
+        )
+    return index
 
 
 def local(tensor: Tensor) -> Tensor:

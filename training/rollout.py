@@ -36,7 +36,7 @@ class RolloutPlan:
         return cls(settings.num_blocks, (len(settings.denoising_steps) - 1,) * settings.num_blocks)
 
     @classmethod
-    def draw(cls, settings: RolloutSettings, draws: Draws, purpose: str) -> RolloutPlan:
+    def random(cls, settings: RolloutSettings, draws: Draws, purpose: str) -> RolloutPlan:
         """A plan of the length, exit steps and prompt switch that the settings allow."""
         rng = draws.shared(f"{purpose}/plan")
         long = rng.random() < settings.long_share
@@ -105,7 +105,7 @@ class Rollout:
         def recorded(block: int, step: int | None) -> bool:
             return gradients and step == plan.exit_steps[block] and block * settings.block_frames >= first_scored
 
-        def draw(block: int, step: int) -> torch.Tensor:
+        def block_noise(block: int, step: int) -> torch.Tensor:
             return noise(block, step) if recorded(block, step) else noise(block, step).detach()
 
         def call(latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Rollout:
         blocks = roll_out(
             call,
             cache,
-            draw,
+            block_noise,
             self.steps,
             plan.num_blocks,
             self._context(),
@@ -125,10 +125,10 @@ class Rollout:
         with torch.set_grad_enabled(gradients):
             return torch.cat(list(blocks), dim=1)
 
-    def draw(
+    def with_noise(
         self, prompts: Sequence[torch.Tensor], plan: RolloutPlan, draws: Draws, purpose: str, *, gradients: bool
     ) -> torch.Tensor:
-        """The same on noise that belongs to a training step."""
+        """Make clips from noise that belongs to a training step, as `draws` has it under the name `purpose`."""
         shape = (self.settings.block_frames, *self.shape)
 
         def noise(block: int, step: int) -> torch.Tensor:

@@ -15,13 +15,15 @@ from training.losses import guided
 
 
 class ScoreNetwork:
-    """Args:
-    network: bidirectional or causal; sharded or not.
-    schedule: the sigma table.
-    block_frames: of block-causal attention; 0 for bidirectional.
-    window: frames a block may see; 0: all before it.
-    first_frame: whether the first frame is a block of its own.
-    compute_dtype: what the network computes in; results are in the dtype of the clips.
+    """Flow and clean estimate of whole noisy clips by one network, each frame at its own noise level.
+
+    Args:
+        network: bidirectional or causal; sharded or not.
+        schedule: the sigma table.
+        block_frames: of block-causal attention; 0 for bidirectional.
+        window: frames a block may see; 0: all before it.
+        first_frame: whether the first frame is a block of its own.
+        compute_dtype: what the network computes in; results are in the dtype of the clips.
     """
 
     def __init__(

@@ -7,8 +7,8 @@ No size of any model has a default here: sizes stand in the files under `trainin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Literal
 
 from pipeline.cache import CacheWindow
 from pipeline.errors import InvalidSettings
@@ -20,7 +20,8 @@ def require(condition: bool, sentence: str) -> None:
         raise InvalidSettings(sentence)
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raise `InvalidSettings` unless the value is a number between the two."""
     require(
         math.isfinite(value) and low <= value <= high,
         f"{name} is {value!r}, but must be between {low:g} and {high:g}.",
@@ -55,12 +56,13 @@ class RunSettings:
     """Folder of the Wan VAE that decodes sample sheets."""
 
     def __post_init__(self) -> None:
-        _within("run.steps", self.steps, 1, 10**9)
-        _within("run.batch", self.batch, 1, 10**6)
-        _within("run.micro_batch", self.micro_batch, 0, self.batch)
-        _within("run.minutes", self.minutes, 0, 10**6)
-        _within("run.checkpoint_every", self.checkpoint_every, 1, 10**9)
-        _within("run.sheet_every", self.sheet_every, 0, 10**9)
+        within("run.steps", self.steps, 1, 10**9)
+        within("run.batch", self.batch, 1, 10**6)
+        within("run.micro_batch", self.micro_batch, 0, self.batch)
+        within("run.minutes", self.minutes, 0, 10**6)
+        within("run.checkpoint_every", self.checkpoint_every, 1, 10**9)
+        within("run.sheet_every", self.sheet_every, 0, 10**9)
+        within("run.sheet_clips", self.sheet_clips, 1, 10**4)
         require(bool(self.out), "run.out is empty, but must be a folder.")
         require(not self.sheet_every or bool(self.decoder), "run.sheet_every needs a decoder in run.decoder.")
 
@@ -89,6 +91,18 @@ class NetworkSizes:
     in_channels: int
     out_channels: int
     text_dim: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            within(f"network.sizes.{name}", value, 1, 10**6)
+        for name in ("attention_head_dim", "freq_dim"):
+            value = getattr(self, name)
+            require(value % 2 == 0, f"network.sizes.{name} is {value}, but must be even: it holds sines and cosines.")
+        require(
+            self.out_channels == self.in_channels,
+            f"network.sizes.out_channels is {self.out_channels}, but must be in_channels ({self.in_channels}): the "
+            "flow has the shape of the clip.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +142,8 @@ class OptimizerSettings:
     average_from: int = 0
     """First step that the average sees; until then it equals the weights."""
 
+    section: ClassVar[str] = "optimizer"
+
     def __post_init__(self) -> None:
         for name, low, high in (
             ("rate", 0, 1),
@@ -140,9 +156,9 @@ class OptimizerSettings:
             ("warmup_steps", 0, 1e9),
             ("average_from", 0, 1e9),
         ):
-            _within(f"optimizer {name}", getattr(self, name), low, high)
+            within(f"{self.section}.{name}", getattr(self, name), low, high)
         for beta in self.betas:
-            _within("optimizer betas", beta, 0, 0.999999)
+            within(f"{self.section}.betas", beta, 0, 0.999999)
 
     def scale(self, step: int, steps: int) -> float:
         """Factor of the rates at a step."""
@@ -151,6 +167,16 @@ class OptimizerSettings:
         if progress < self.flat_until or self.flat_until == 1:
             return warm
         return warm * max(self.floor, (1 - progress) / (1 - self.flat_until))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticOptimizerSettings(OptimizerSettings):
+    """How the weights of whatever judges the generator move: the authors' critic is slower and has no average."""
+
+    rate: float = 4e-7
+    average_decay: float = 0.0
+
+    section: ClassVar[str] = "critic_optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +190,9 @@ class TextSettings:
     device: Literal["same", "cpu"] = "same"
     negative: str = ""
     """The text that guidance leads away from."""
+
+    def __post_init__(self) -> None:
+        within("text.length", self.length, 1, 10**5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +208,9 @@ class ClipSettings:
     """Share of windows that hold the clip's first block and then later ones, as a cache with a sink does."""
 
     def __post_init__(self) -> None:
-        _within("clips.frames", self.frames, 1, 10**5)
-        _within("clips.caption_drop", self.caption_drop, 0, 1)
-        _within("clips.later_windows", self.later_windows, 0, 1)
+        within("clips.frames", self.frames, 1, 10**5)
+        within("clips.caption_drop", self.caption_drop, 0, 1)
+        within("clips.later_windows", self.later_windows, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +251,19 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "block_frames", "num_blocks", "window_frames"):
-            _within(f"rollout.{name}", getattr(self, name), 1, 10**5)
+            within(f"rollout.{name}", getattr(self, name), 1, 10**5)
         for name in ("long_share", "switch_share"):
-            _within(f"rollout.{name}", getattr(self, name), 0, 1)
-        _within("rollout.shift", self.shift, 1e-3, 1e3)
-        _within("rollout.context_noise", self.context_noise, 0, 999)
+            within(f"rollout.{name}", getattr(self, name), 0, 1)
+        within("rollout.shift", self.shift, 1e-3, 1e3)
+        within("rollout.context_noise", self.context_noise, 0, 999)
+        require(
+            self.gradient_frames == 0 or self.gradient_frames >= self.block_frames,
+            f"rollout.gradient_frames is {self.gradient_frames}, but must be 0 or at least the {self.block_frames} "
+            "frames of a block.",
+        )
         steps = self.denoising_steps
         require(
-            bool(steps) and list(steps) == sorted(set(steps), reverse=True) and steps[0] <= 1000 and steps[-1] >= 1,
+            bool(steps) and list(steps) == sorted(set(steps), reverse=True) and all(1 <= t <= 1000 for t in steps),
             f"rollout.denoising_steps is {list(steps)}, but must fall from at most 1000 to at least 1.",
         )
         try:
@@ -250,6 +284,11 @@ class RolloutSettings:
             require(
                 self.num_blocks < low <= high,
                 f"rollout.long_blocks is {[low, high]}, but must rise and exceed the {self.num_blocks} blocks scored.",
+            )
+            require(
+                self.long_window == "sink" or self.num_blocks > 1,
+                "rollout.num_blocks is 1, but nothing of a long rollout would be scored: rollout.long_window "
+                "'reencoded' leaves the window's first block out.",
             )
             require(
                 self.long_window == "reencoded" or self.frames == self.window_frames > self.sink_frames > 0,
@@ -287,10 +326,11 @@ class ScoreSettings:
     high: float = 980.0
 
     def __post_init__(self) -> None:
-        _within("score.guidance", self.guidance, 0, 100)
-        _within("score.shift", self.shift, 1e-3, 1e3)
-        _within("score.low", self.low, 0, 1000)
-        _within("score.high", self.high, self.low, 1000)
+        within("score.guidance", self.guidance, 0, 100)
+        within("score.fake_guidance", self.fake_guidance, 0, 100)
+        within("score.shift", self.shift, 1e-3, 1e3)
+        within("score.low", self.low, 0, 1000)
+        within("score.high", self.high, self.low, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,11 +76,15 @@ def first_difference(saved: Mapping[str, Any], current: Mapping[str, Any], prefi
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InvalidSettings(f"There is no settings file {path}.") from error
     except (OSError, ValueError) as error:
         raise InvalidSettings(f"The settings file {path.name} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        kind = "a list" if isinstance(values, list) else repr(values)
+        raise InvalidSettings(f"The settings file {path.name} holds {kind}, but must hold sections.")
+    return values
 
 
 def _put(values: dict[str, Any], names: list[str], value: Any, shown: str) -> None:

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from pipeline.errors import InvalidSettings
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel
+from training.checkpoints import saved_so_far
 from training.draws import Draws
-from training.network import load_network, load_text_encoder, network_config
+from training.network import check_vae, load_network, load_text_encoder, network_config
 from training.optim import Trainee
 from training.parallel import Processes
 from training.prompts import open_prompts
@@ -54,6 +55,13 @@ class Stage(ABC, Generic[Kind]):
         """
         config = network_config(settings.network)
         check_text(settings, config)
+        if settings.run.sheet_every:
+            check_vae("run.decoder", settings.run.decoder, config["in_channels"])
+
+    @classmethod
+    def saved(cls, settings: Kind) -> str:
+        """A sentence about what a run that ends now leaves to the next start."""
+        return saved_so_far(Path(settings.run.out))
 
     @abstractmethod
     def step(self, step: int) -> Metrics:

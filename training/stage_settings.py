@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from training.settings import (
     ClipSettings,
+    CriticOptimizerSettings,
     NetworkSettings,
-    OptimizerSettings,
     PromptSettings,
     RolloutSettings,
     ScoreSettings,
     StageSettings,
     require,
+    within,
 )
 
 
@@ -53,8 +54,19 @@ class FlowSettings(StageSettings):
             f"forcing {self.forcing!r} does not go with {self.attention} attention: bidirectional has 'none', causal "
             "has 'teacher' or 'diffusion'.",
         )
+        if not causal:
+            self._refuse_causal_settings()
+        within("block_frames", self.block_frames, 1, 10**5)
+        require(
+            self.window_frames == 0 or self.window_frames >= self.block_frames,
+            f"window_frames is {self.window_frames}, but must be 0 or hold a block of {self.block_frames}.",
+        )
         require(self.forcing != "teacher" or not self.window_frames, "window_frames does not go with teacher forcing.")
+        within("shift", self.shift, 1e-3, 1e3)
+        for shift in self.shifts:
+            within("shifts", shift, 1e-3, 1e3)
         for length in (*self.lengths, self.clips.frames):
+            within("lengths", length, 1, self.clips.frames)
             require(
                 length == 1 or (length - self.first_frame) % self.block_frames == 0,
                 f"{length} frames do not divide into blocks of {self.block_frames}.",
@@ -66,12 +78,28 @@ class FlowSettings(StageSettings):
         require(bool(self.lengths) == bool(self.curriculum), "lengths and curriculum go together.")
         for phase in self.curriculum:
             require(
-                len(phase) == len(self.lengths) + 2 and abs(sum(phase[1:]) - 1) < 1e-6,
+                len(phase) == len(self.lengths) + 2 and min(phase) >= 0 and abs(sum(phase[1:]) - 1) < 1e-6,
                 f"The curriculum's phase {list(phase)} must be a progress and {len(self.lengths) + 1} shares of sum 1.",
             )
-        require(not self.curriculum or self.curriculum[0][0] == 0, "The curriculum must begin at progress 0.")
+        begins = [phase[0] for phase in self.curriculum]
+        require(
+            not begins or (begins[0] == 0 and begins == sorted(set(begins))),
+            f"The curriculum's phases begin at {begins}, but must begin at 0 and rise.",
+        )
         for name in ("clean_blocks", "clean_level", "context_level"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, but must be between 0 and 1.")
+            within(name, getattr(self, name), 0, 1)
+        within("subject_weight", self.subject_weight, 0, 1e6)
+
+    def _refuse_causal_settings(self) -> None:
+        """What would do nothing was most likely meant for the other stage."""
+        unused = {"first_frame", "window_frames", "clean_blocks", "clean_level", "context_level"}
+        if not self.clips.later_windows:  # these begin with a block, whatever the attention
+            unused.add("block_frames")
+        for entry in fields(self):
+            require(
+                entry.name not in unused or getattr(self, entry.name) == entry.default,
+                f"{entry.name} is for causal attention: a teacher has none.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +130,12 @@ class OdePairsSettings(StageSettings):
     """c + guidance * (c - u): the authors' 6.0 in the form u + g * (c - u)."""
 
     def __post_init__(self) -> None:
+        within("solver_steps", self.solver_steps, 1, 10**5)
+        within("guidance", self.guidance, 0, 100)
         for step in self.rollout.denoising_steps:
             index = self.solver_steps * (1 - step / 1000)
             require(
-                self.solver_steps > 0 and abs(index - round(index)) < 1e-6,
+                abs(index - round(index)) < 1e-6,
                 f"The student's step {step:g} is none of the solver's {self.solver_steps} steps.",
             )
 
@@ -124,7 +154,7 @@ class DistillSettings(StageSettings):
     """What DMD, SiD and GAN share: a generator that rolls out, and a critic trained along."""
 
     rollout: RolloutSettings
-    critic_optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(rate=4e-7, average_decay=0.0))
+    critic_optimizer: CriticOptimizerSettings = field(default_factory=CriticOptimizerSettings)
     generator_every: int = 5
     """The critic learns in every step, the generator in every so many."""
     critic_warmup: int = 0
@@ -133,7 +163,8 @@ class DistillSettings(StageSettings):
     """Folder of the Wan VAE, for long rollouts whose window begins with a re-encoded picture."""
 
     def __post_init__(self) -> None:
-        require(self.generator_every >= 1, "generator_every must be at least 1.")
+        within("generator_every", self.generator_every, 1, 10**9)
+        within("critic_warmup", self.critic_warmup, 0, 10**9)
         require(
             bool(self.vae) or not self.rollout.long_share or self.rollout.long_window != "reencoded",
             "rollout.long_window 'reencoded' needs the Wan VAE's folder in vae.",
@@ -153,6 +184,10 @@ class SiDSettings(DMDSettings):
     """Score identity distillation; needs prompts only."""
 
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("alpha", self.alpha, 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +212,7 @@ class GANSettings(DistillSettings):
     r2_weight: float = 0.0
     """Of the penalties on the judge's slope at real and at rolled-out clips; `critic_weight` does not scale them."""
     penalty_scale: float = 0.01
+    """Of the noise that nudges clips. The authors' value; in bfloat16 take more, or rounding is all that is seen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +220,12 @@ class GANSettings(DistillSettings):
             bool(self.taps) and list(self.taps) == sorted(set(self.taps)) and self.taps[0] >= 0,
             f"taps is {list(self.taps)}, but must be rising layer numbers.",
         )
-        require(self.penalty_scale > 0, "penalty_scale must be positive.")
+        within("shift", self.shift, 1e-3, 1e3)
+        within("low", self.low, 0, 1000)
+        within("high", self.high, self.low, 1000)
+        for name in ("weight", "critic_weight", "r1_weight", "r2_weight"):
+            within(name, getattr(self, name), 0, 1e6)
+        within("penalty_scale", self.penalty_scale, 1e-9, 1e3)
         rollout = self.rollout
         require(
             not rollout.switch_share,

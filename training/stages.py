@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from training.dmd import DMDStage, SiDStage
+from training.faults import explained
+from training.files import claim_folder
 from training.flow import CausalStage, TeacherStage
 from training.gan import GANStage
 from training.loop import train
@@ -30,8 +34,11 @@ def run_stage(name: str, settings: StageSettings) -> int:
     """
     kind = STAGES[name]
     kind.check(settings)
+    out = Path(settings.run.out)
     with processes(settings.run) as group:
-        stage = kind(settings, group)
+        claim_folder("run.out", out)
+        with explained(out, group, lambda: kind.saved(settings), "when the networks were loaded"):
+            stage = kind(settings, group)
         if isinstance(stage, OdePairsStage):
             return stage.run()
         return train(stage, name, group)

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.decoder import encode_wan
-from pipeline.errors import TrainingDataError
+from pipeline.errors import TrainingDataError, TrainingError
 from training import console
+from training.files import write_whole
 from training.network import load_vae
 from training.prompts import checked_caption
 
@@ -126,6 +127,15 @@ def encode_videos(videos: list[Video], count: int, vae: AutoencoderKLWan) -> Ite
         yield encode_wan(vae, frames.to(vae.device))[0].cpu().half().numpy()
 
 
+def _write_clips(path: Path, shape: tuple[int, ...], clips: Iterator[Array]) -> None:
+    """A float16 .npy file, one clip after the other: a full disk is an error here, and a signal in a mapped file."""
+    with path.open("wb") as file:
+        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, described | {"shape": shape})
+        for clip in clips:
+            file.write(np.ascontiguousarray(clip, np.float16).data)
+
+
 def build(folder: Path, out: Path, latent_frames: int, vae: AutoencoderKLWan, text: Path, length: int) -> None:
     """Check and encode a folder; the marker is written last, so a broken run leaves no data set."""
     tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
@@ -137,12 +147,13 @@ def build(folder: Path, out: Path, latent_frames: int, vae: AutoencoderKLWan, te
     (out / VIDEO_MARKER).unlink(missing_ok=True)
     spatial = vae.config.scale_factor_spatial
     shape = (len(videos), latent_frames, vae.config.z_dim, height // spatial, width // spatial)
-    latents = np.lib.format.open_memmap(out / LATENTS_FILE, mode="w+", dtype=np.float16, shape=shape)
-    for index, clip in enumerate(encode_videos(videos, count, vae)):
-        latents[index] = clip
-    latents.flush()
-    (out / CAPTIONS_FILE).write_text(json.dumps([video.caption for video in videos]), encoding="utf-8")
-    (out / VIDEO_MARKER).write_text(json.dumps({"videos": len(videos), "height": height, "width": width}))
+    try:
+        _write_clips(out / LATENTS_FILE, shape, encode_videos(videos, count, vae))
+        write_whole(out / CAPTIONS_FILE, json.dumps([video.caption for video in videos]))
+        write_whole(out / VIDEO_MARKER, json.dumps({"videos": len(videos), "height": height, "width": width}))
+    except OSError as error:
+        (out / LATENTS_FILE).unlink(missing_ok=True)
+        raise TrainingError(f"{out} cannot be written to ({error.strerror or error}): no data set was made.") from error
     logger.info("%d videos of %dx%d", len(videos), width, height)
 
 
