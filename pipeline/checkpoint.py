@@ -107,20 +107,26 @@ def wan_transformer(config: Mapping[str, Any]) -> CausalWanTransformer3DModel:
             f"The config is of a model of type {config.get('model_type', 't2v')!r} with width {width} and {heads} "
             "heads; it must be of type 't2v', and its width a multiple of its heads."
         )
-    channels = config.get("in_dim", 16)
-    return CausalWanTransformer3DModel(
-        patch_size=tuple(config.get("patch_size", (1, 2, 2))),
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=channels,
-        out_channels=config.get("out_dim", channels),
-        text_dim=config.get("text_dim", 4096),
-        freq_dim=config.get("freq_dim", 256),
-        ffn_dim=config["ffn_dim"],
-        num_layers=config["num_layers"],
-        cross_attn_norm=config.get("cross_attn_norm", True),
-        eps=config.get("eps", 1e-6),
-    )
+    try:
+        channels = config.get("in_dim", 16)
+        return CausalWanTransformer3DModel(
+            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=channels,
+            out_channels=config.get("out_dim", channels),
+            text_dim=config.get("text_dim", 4096),
+            freq_dim=config.get("freq_dim", 256),
+            ffn_dim=config["ffn_dim"],
+            num_layers=config["num_layers"],
+            cross_attn_norm=config.get("cross_attn_norm", True),
+            eps=config.get("eps", 1e-6),
+        )
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise WeightsError(
+            "No network can be built of the config: one of its patch_size, in_dim, out_dim, text_dim, freq_dim and eps "
+            f"is of no use ({type(error).__name__}). Compare it with the published config.json."
+        ) from error
 
 
 def transformer_from_wan(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> CausalWanTransformer3DModel:

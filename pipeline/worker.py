@@ -93,6 +93,12 @@ class ModelWorker:
         return self._changes
 
     @property
+    def exchanging(self) -> bool:
+        """Whether an exchange of the model waits or goes on."""
+        with self._lock:
+            return any(isinstance(job, _Switch) for job in (*self._waiting, self._current))
+
+    @property
     def busy(self) -> bool:
         """Whether a run has the model now."""
         return self._current is not None
@@ -118,11 +124,11 @@ class ModelWorker:
         """Exchange the model for another one, after the runs that wait already, and return when that is done.
 
         The old one is given up before the new one is loaded: there may be no room for both. If the new one cannot be
-        loaded, the old one is loaded again.
+        loaded, the old one is loaded again; if that fails, too, there is none until one is chosen that loads.
 
         Raises:
             InvalidRequest: another exchange waits or goes on.
-            SelfForcingError: the new model could not be loaded.
+            SelfForcingError: the new model could not be loaded; says so if the old one is lost.
         """
         switch = _Switch(source)
         with self._lock:
@@ -168,7 +174,7 @@ class ModelWorker:
         return thread
 
     def _work(self) -> None:
-        if not self._loaded.is_set():
+        if self._pipeline is None:  # also if an earlier thread lost it
             self._load()
         while (job := self._next_job()) is not None:
             try:
@@ -201,28 +207,32 @@ class ModelWorker:
         return None
 
     def _exchange(self, switch: _Switch) -> None:
-        before, failure = self._source, None
+        before = self._source
+        failure: BaseException | None = _thread_died()  # unless it is known better
         self._loaded.clear()
+        self._load_error = failure
         self._changes += 1
         try:
-            self._give_up_model()
-            self._source = switch.source
-            failure = self._try_to_load()
+            failure = self._load_error = self._load_instead(switch.source)
             if failure is not None:
-                self._source = before
-                self._give_up_model()
-                self._load_error = self._try_to_load()
-            else:
-                self._load_error = None
+                self._load_error = self._load_instead(before)
+                if self._load_error is not None:
+                    failure = _both(failure, self._load_error)
         finally:
             self._changes += 1
             self._loaded.set()
             switch.end(failure)
 
-    def _give_up_model(self) -> None:
-        self._pipeline = None
+    def _load_instead(self, source: Any) -> BaseException | None:
+        """Give up the model, if there is one, and load another. Returns what went wrong."""
+        self._source, self._pipeline = source, None
         self._loading = LoadingState()
-        free_memory()
+        try:
+            free_memory()
+        except BaseException as error:  # noqa: BLE001 - a device that broke says so at the first question of any kind
+            logger.error("The memory of the model before could not be freed", exc_info=error)
+            return _load_failure(error)
+        return self._try_to_load()
 
     def _next_job(self) -> _Job | _Switch | None:
         with self._lock:
@@ -453,12 +463,19 @@ def _load_failure(error: BaseException) -> SelfForcingError:
     _clear_traces(error)
     failure: SelfForcingError
     if _is_out_of_memory(error):
-        free_memory()
+        _try_to_free_memory()
         failure = OutOfMemory("The device ran out of memory while the model was loaded. Close other programs.")
     else:
         failure = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
     failure.__cause__ = error
     return failure
+
+
+def _both(failure: BaseException, lost: BaseException) -> BaseException:
+    """One error for two: the new model could not be loaded, nor the old one again."""
+    both = type(failure)(f"{failure} The model before it could not be loaded again, either: {lost}")
+    both.__cause__ = failure.__cause__
+    return both
 
 
 def _again(error: BaseException) -> BaseException:
@@ -476,7 +493,7 @@ def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
         logger.error("%s failed\n%s", job.id, "".join(traceback.format_exception(error)))
     _clear_traces(error)
     if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
-        free_memory()
+        _try_to_free_memory()
         if isinstance(error, OutOfMemory):
             return error
         return OutOfMemory(
@@ -514,6 +531,14 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _try_to_free_memory() -> None:
+    """As `free_memory`, for when there is an error to be told already."""
+    try:
+        free_memory()
+    except Exception:  # a device that broke
+        logger.exception("Memory could not be given back to the device")
 
 
 def _thread_died() -> SelfForcingError:

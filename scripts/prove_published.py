@@ -1,6 +1,6 @@
 """Proof without the download: random weights in the published layouts go through convert, load and a few blocks.
 
-    python scripts/prove_published.py --work runs/proof --report runs/proof/report.json
+    python scripts/prove_published.py --work runs/proof --report runs/proof-report.json
 
 Makes, in full width and with the published names: the 1.3B transformer (all 825 tensors, FSDP infixes, bfloat16), the
 Wan VAE, TAEHV, and UMT5-XXL with fewer layers and a smaller vocabulary. Each is converted as a download would be; what
@@ -42,26 +42,45 @@ from weights.manifest import load_manifest  # noqa: E402
 INFIX = "model._fsdp_wrapped_module."
 TEXT_LAYERS, TEXT_WORDS = 2, 12
 HEIGHT, WIDTH = 32, 48
+MARK_FILE = "PROOF"
+"""In the folder for files: that all in it is this script's own."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "proof", help="folder for files; is emptied")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "proof",
+        help="folder for files: new, empty, or of an earlier proof; is deleted in the end",
+    )
     parser.add_argument("--report", type=Path, help="JSON to write (default: report.json beside the folder)")
     parser.add_argument("--model", default="self-forcing-dmd", help="entry of the manifest whose settings are taken")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="do not delete the files")
     options = parser.parse_args()
     report_file = options.report or options.work.with_name(f"{options.work.name}-report.json")
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    take_folder(options.work)
     report = prove(options)
-    report_file.parent.mkdir(parents=True, exist_ok=True)
-    report_file.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
     if not options.keep:
         shutil.rmtree(options.work)
+    report_file.parent.mkdir(parents=True, exist_ok=True)  # after that: it may be in there
+    report_file.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
     sys.exit(0 if report["passed"] else 1)
+
+
+def take_folder(work: Path) -> None:
+    """Make the folder for files, empty. What is in it already must be this script's own.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    if work.exists() and (not work.is_dir() or (any(work.iterdir()) and not (work / MARK_FILE).is_file())):
+        sys.exit(f"{work} is not empty, and not the folder of an earlier proof. Name another one with --work.")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / MARK_FILE).write_text("Made by scripts/prove_published.py, which may empty this folder.\n")
 
 
 def prove(options: argparse.Namespace) -> dict[str, Any]:

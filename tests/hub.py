@@ -50,6 +50,10 @@ class Hub:
     error_code: str = ""
     """Of the answers in `status`: GatedRepo, RepoNotFound, RevisionNotFound, EntryNotFound."""
     commit: str = REVISION
+    tags: dict[str, str] = field(default_factory=dict)
+    """Path -> ETag; that of large files is their sha256, which is what all others get here."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Path -> what is said of its size when only that is asked for."""
     ranges: bool = True
     bytes_per_second: float | None = None
     silence: float = 0.0
@@ -106,8 +110,9 @@ class Hub:
         begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
         handler.send_response(206 if begin else 200)
         handler.send_header("X-Repo-Commit", self.commit)
-        handler.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        handler.send_header("Content-Length", str(len(content) - begin))
+        handler.send_header("ETag", f'"{self.tags.get(path) or hashlib.sha256(content).hexdigest()}"')
+        size = len(content) if with_body else self.sizes.get(path, len(content))
+        handler.send_header("Content-Length", str(size - begin))
         if begin:
             handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         handler.end_headers()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import strip_prefixes, transformer_from_wan
-from pipeline.errors import WeightsError
+from pipeline.errors import DownloadError, WeightsError
 from pipeline.transformer import CausalWanTransformer3DModel
 from tests.hub import golden_weights
 from weights.convert import convert_transformer, write_weights
@@ -142,6 +144,13 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(converted, tmp_path: Path,
         ({"model_type": "i2v"}, "of type 'i2v'"),
         ({"num_layers": 4}, "tensors are missing"),
         ({"dim": 48}, "has shape"),
+        ({"patch_size": 3}, "one of its patch_size"),
+        ({"patch_size": [1]}, "has shape"),
+        ({"patch_size": "abc"}, "one of its patch_size"),
+        ({"in_dim": "many"}, "one of its patch_size"),
+        ({"out_dim": -4}, "one of its patch_size"),
+        ({"text_dim": [3]}, "one of its patch_size"),
+        ({"freq_dim": None}, "one of its patch_size"),
     ],
 )
 def test_a_config_that_does_not_fit_is_said(tmp_path: Path, config: Path, change: dict, sentence: str) -> None:
@@ -202,6 +211,42 @@ def test_nothing_in_a_file_is_executed(converted, tmp_path: Path, wrap, function
     with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
         converted(content)
     assert not trap.exists()
+
+
+def test_a_folder_with_the_temporary_name_is_not_touched(converted, tmp_path: Path) -> None:
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(WeightsError, match=r"out\.partial exists already"):
+        converted(WEIGHTS)
+    assert mine.read_text() == "precious" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("code", "advice"), [(errno.ENOSPC, "Free some space"), (errno.EACCES, "who may write there")])
+def test_what_cannot_be_written_is_said_with_what_helps(converted, tmp_path, monkeypatch, code, advice) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("weights.convert.save_file", refuse)
+    with pytest.raises(DownloadError, match=advice) as raised:
+        converted(WEIGHTS)
+    assert ("Free some space" in str(raised.value)) == (code == errno.ENOSPC)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file.pt"]
+
+
+def test_no_more_than_one_piece_exists_at_a_time(tmp_path: Path) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = [0]
+
+    def finish(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        made.append(weakref.ref(copy))
+        most[0] = max(most[0], sum(ref() is not None for ref in made))
+        return copy
+
+    state = {f"w{number}": torch.zeros(1000) for number in range(6)}
+    write_weights(state, tmp_path, "model", None, finish, piece_bytes=8000)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and most == [2]
 
 
 def test_names_that_only_look_like_prefixes_stay() -> None:

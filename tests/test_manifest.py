@@ -44,6 +44,136 @@ def test_the_manifest_that_ships() -> None:
             assert part.licence.terms and "diffusion_pytorch_model" not in part.files[0].path
 
 
+# As published: written down here a second time, so that a slip in the manifest is noticed.
+WAN = ("Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a")
+COMFY = ("Comfy-Org/Wan_2.1_ComfyUI_repackaged", "617a7633e636506f850e043bc4605f290a466a8e")
+TAEW = ("ionden/taew2.1", "2ac5ae1c3291a8607a2d6c423b9a0337cef45f2b")
+SELF_FORCING = ("gdhe17/Self-Forcing", "2f8b779212da279d212c22a509b66ad6552f350e")
+CAUSAL_FORCING = ("zhuhz22/Causal-Forcing", "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6")
+PUBLISHED = [
+    # id, (repository, revision), file, bytes, sha256, key
+    (
+        "umt5-xxl-bf16",
+        WAN,
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        11_361_920_418,
+        "7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d",
+        None,
+    ),
+    (
+        "umt5-xxl-fp8",
+        COMFY,
+        "split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        6_735_906_897,
+        "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68",
+        None,
+    ),
+    (
+        "umt5-xxl-tokenizer",
+        WAN,
+        "google/umt5-xxl/spiece.model",
+        4_548_313,
+        "e3909a67b780650b35cf529ac782ad2b6b26e6d1f849d3fbb6a872905f452458",
+        None,
+    ),
+    (
+        "umt5-xxl-tokenizer",
+        WAN,
+        "google/umt5-xxl/tokenizer.json",
+        16_837_417,
+        "6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b",
+        None,
+    ),
+    (
+        "umt5-xxl-tokenizer",
+        WAN,
+        "google/umt5-xxl/tokenizer_config.json",
+        61_728,
+        "ed9a3a8b0faa71a70a32847e0435fe036e6e112d4df4edb7bb48a921e344dc05",
+        None,
+    ),
+    (
+        "umt5-xxl-tokenizer",
+        WAN,
+        "google/umt5-xxl/special_tokens_map.json",
+        6_623,
+        "7b8a9f5040adb67b5805abdfd42c1f8d0f3d0e711f10726580eb3789cd0ad61d",
+        None,
+    ),
+    (
+        "wan2.1-vae",
+        WAN,
+        "Wan2.1_VAE.pth",
+        507_609_880,
+        "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
+        None,
+    ),
+    (
+        "taew2_1",
+        TAEW,
+        "taew2_1.safetensors",
+        22_642_902,
+        "04766eac0221b5390b985ae3fdcca652cbb4b1e8b82b28ea7ff89dfad1b1a93f",
+        None,
+    ),
+    (
+        "self-forcing-dmd",
+        SELF_FORCING,
+        "checkpoints/self_forcing_dmd.pt",
+        5_676_252_553,
+        "a0413986d9734e02c09504e1520f5697ba6df731bb2f0f35577485e9cc8f56a3",
+        "generator_ema",
+    ),
+    ("self-forcing-sid", SELF_FORCING, "checkpoints/self_forcing_sid.pt", None, None, "generator_ema"),
+    ("self-forcing-sid-v2", SELF_FORCING, "checkpoints/self_forcing_sid_v2.pt", None, None, "generator_ema"),
+    ("self-forcing-gan", SELF_FORCING, "checkpoints/self_forcing_gan.pt", None, None, "generator_ema"),
+    ("self-forcing-ode-init", SELF_FORCING, "checkpoints/ode_init.pt", None, None, "generator"),
+    (
+        "causal-forcing-chunkwise",
+        CAUSAL_FORCING,
+        "chunkwise/causal_forcing.pt",
+        5_676_282_643,
+        "cf75ee5cc6f4e2e336c59c973f5544655d8f0aa481761efe6de1b9cb2eb0cd9d",
+        "generator",
+    ),
+    (
+        "causal-forcing-framewise",
+        CAUSAL_FORCING,
+        "framewise/causal_forcing.pt",
+        5_676_220_819,
+        "70cae8c3b0b7191fa9840b4f6fe8655ba0cf5c6520c87ba85a46b861c3735cd3",
+        "generator_ema",
+    ),
+    (
+        "causal-forcing-pp-2step",
+        CAUSAL_FORCING,
+        "causal-forcing++/framewise-2step.pt",
+        5_676_220_819,
+        "8f899a016dffb9539788fac82c6200e43ef6e23b6e61ec6b885bb507a760ce42",
+        "generator_ema",
+    ),
+    (
+        "causal-forcing-pp-1step",
+        CAUSAL_FORCING,
+        "causal-forcing++/framewise-1step.pt",
+        5_676_220_819,
+        "bdb1b475fc88d528f510158a0990cd457f02c661b527ceb11ca9e4728533e2d0",
+        "generator_ema",
+    ),
+]
+
+
+def test_every_entry_is_the_published_file() -> None:
+    manifest = load_manifest()
+    parts = [*manifest.parts.values(), *(model.transformer for model in manifest.models.values())]
+    found = [
+        (part.id, (part.repository, part.revision), file.path, file.bytes, file.sha256, part.key)
+        for part in parts
+        for file in part.files
+    ]
+    assert found == PUBLISHED
+
+
 def test_unknown_names_are_answered_with_the_known_ones(published: Path) -> None:
     manifest = load_manifest(published)
     with pytest.raises(InvalidRequest, match="no model 'tiny'. Choose one of: small, other"):

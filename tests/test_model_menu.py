@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import huggingface_hub.constants as hub_constants
 import pytest
 
 import app
+from pipeline.config import GenerationRequest
 from pipeline.worker import ModelWorker
 from tests.hub import PROGRAM_WITH_SMALL_PIECES, Hub, point_to, published_files, write_published
 from tests.scripted import SPEC, ScriptedPipeline
@@ -41,8 +43,10 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def load(folder: Path) -> ScriptedPipeline:
-    """A scripted model with the name of the folder; one folder cannot be loaded."""
-    if folder.name == "other":
+    """A scripted model with the name of the folder; one folder cannot be loaded, nor one that says so itself."""
+    if (folder / "wait").exists():
+        wait_until(lambda: not (folder / "wait").exists(), 30)
+    if folder.name == "other" or (folder / "broken").exists():
         raise RuntimeError("broken")
     return ScriptedPipeline(spec=replace(SPEC, name=f"from {folder.name}", fps=12))
 
@@ -90,7 +94,6 @@ def get(site: Server, name: str) -> None:
 
 
 def test_what_is_offered_and_what_it_costs(site: Server) -> None:
-    assert site.run("own", name="show") == site.run("own", name="show")
     assert "In use" in card(site.run("own", name="show")[-1])
     values = site.run("small", name="show")[-1]
     assert "Not here" in card(values) and "Test-1.0" in card(values) and "to download" in card(values)
@@ -124,6 +127,75 @@ def test_a_model_that_does_not_load_leaves_the_old_one(site: Server, hub: Hub) -
     assert "Finished" in site.generate()[-1][1]
 
 
+def test_when_no_model_is_left_everybody_is_told_and_can_choose_again(site: Server, hub: Hub) -> None:
+    get(site, "small")
+    get(site, "other")
+    first = seen(site.call("look", "own", "0"))
+    (site.choices.folder / "broken").touch()
+    with pytest.raises(Refused, match=r"could not be loaded \(RuntimeError\)\. The model before it"):
+        site.run("other", name="switch")
+    told = site.call("look", "own", first)
+    news = " ".join(str(settings(value).get("value")) for value in told)
+    assert "There is no model now. The model could not be loaded" in news and "being loaded" not in news
+    assert "In use" not in card(told) and visible(told) == [True, False, False], "it may be mended by now"
+    assert visible(site.run("small", name="show")[-1]) == [True, False, False]
+    generate = next(c for c in site.demo.config["components"] if c["props"].get("elem_id") == "generate")
+    assert generate["props"]["interactive"] is False, "a page that comes now"
+    site.run("small", name="switch")
+    assert "Finished" in site.generate()[-1][1]
+
+
+def test_a_new_page_opens_with_the_model_that_is_in_use(site: Server, hub: Hub) -> None:
+    get(site, "small")
+    site.run("small", name="switch")
+    props = {c["props"].get("elem_id"): c["props"] for c in site.demo.config["components"]}
+    assert props["model-choice"]["value"] == "small" and "In use" in props["model-card"]["value"]
+
+
+def test_who_waits_in_the_queue_is_served_though_the_chooser_has_gone(site: Server, hub: Hub) -> None:
+    get(site, "small")
+    wait = site.choices.store.home / "small" / "wait"
+    wait.touch()
+    for _ in site.page.ui.models.switch("small"):
+        break  # the tab is closed while the model loads
+    assert site.page.worker.exchanging
+    threading.Timer(0.5, wait.unlink).start()
+    assert "Finished" in site.generate()[-1][1]
+    assert site.page.generator.pipeline.name == "from small"
+    wait_until(lambda: site.page.ui.models.choice.value == "small")
+
+
+def test_a_choice_behind_a_video_says_that_it_waits(site: Server, hub: Hub) -> None:
+    get(site, "small")
+    assert "Waiting" not in str(site.call("wait"))
+    release = threading.Event()
+    site.page.worker.wait_ready(0).on_step = lambda block, step: release.wait(10)
+    run = site.page.worker.submit(GenerationRequest(prompt="a red ball", seconds=1))
+    wait_until(lambda: site.page.worker.busy)
+    assert "as soon as the videos before are done" in str(site.call("wait"))
+    release.set()
+    assert list(run)
+
+
+def test_a_folder_of_the_store_is_listed_once_and_the_embedded_model_first(published: Path, tmp_path: Path) -> None:
+    choices = ModelChoices(tmp_path / "home" / "small", load, "download", Store(tmp_path / "home"), published)
+    demo = app.build_app(ScriptedPipeline(), models=choices)
+    menu = next(c["props"] for c in demo.config["components"] if c["props"].get("elem_id") == "model-choice")
+    assert [name for _, name in menu["choices"]] == ["embedded", "small", "other"]
+    assert menu["value"] == "small"
+
+
+def test_strange_words_of_the_program_do_not_leave_a_download_running(tmp_path: Path, caplog) -> None:
+    lines = ["3", "null", '{"event": "progress"}', '{"event": "error"}', "words"]
+    program = f"import sys; print({chr(10).join(lines)!r}); sys.stderr.write('a reason'); sys.exit(1)"
+    downloads = Downloads(Store(tmp_path / "home"))
+    downloads.program = [sys.executable, "-c", program]
+    downloads.start("small")
+    wait_until(lambda: not downloads.state.running)
+    assert "ended unexpectedly" in downloads.state.error
+    assert "a reason" in caplog.text and "words" in caplog.text
+
+
 def test_what_is_not_here_cannot_be_used(site: Server) -> None:
     with pytest.raises(Refused, match="Small is not here yet. Download it first"):
         site.run("small", name="switch")
@@ -145,7 +217,8 @@ def test_a_stopped_download_goes_on(site: Server, hub: Hub) -> None:
     wait_until(lambda: hub.sent > 50_000, 60)
     with pytest.raises(Refused, match="being downloaded already"):
         site.run("other", name="start_download")
-    site.run("small", name="stop_download")
+    stopping = site.run("small", name="stop_download")[-1]
+    assert "Stopping" in card(stopping) and visible(stopping) == [False, False, False]
     wait_until(lambda: not downloads.state.running)
     assert downloads.state.stopped and not downloads.state.error
     assert "Partly here" in card(site.run("small", name="show")[-1])
@@ -189,7 +262,6 @@ def test_a_page_without_a_menu_has_none_of_its_events(server: Server) -> None:
         (["--host", "0.0.0.0", "--auth", "me:secret"], False, None),
         ([], True, None),
         (["--share", "--allow-public", "--model-menu", "switch"], False, "switch"),
-        ([], True, None),
         (["--model-menu", "off"], False, None),
         (["--host", "0.0.0.0", "--allow-public", "--model-menu", "download"], False, "download"),
     ],
@@ -215,4 +287,5 @@ def test_the_page_starts_with_a_real_folder(tmp_path: Path, published: Path) -> 
     folder = write_model_folder(tmp_path / "model")
     choices = ModelChoices(folder, load, "download", Store(tmp_path / "home"), published)
     demo = app.build_app(ScriptedPipeline(), models=choices)
-    assert demo.fns and any(getattr(block, "label", "") == "Model" for block in demo.blocks.values())
+    menu = next(c["props"] for c in demo.config["components"] if c["props"].get("elem_id") == "model-choice")
+    assert [name for _, name in menu["choices"]] == ["embedded", "own", "small", "other"] and menu["value"] == "own"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +29,15 @@ from transformers import UMT5EncoderModel
 from pipeline import GenerationRequest, SelfForcingPipeline
 from pipeline.checkpoint import transformer_from_wan
 from pipeline.errors import DownloadError, WeightsError
-from tests.hub import PROGRAM_WITH_SMALL_PIECES, Hub, golden_weights, point_to, published_files, write_published
+from tests.hub import (
+    PROGRAM_WITH_SMALL_PIECES,
+    REPOSITORY,
+    Hub,
+    golden_weights,
+    point_to,
+    published_files,
+    write_published,
+)
 from tests.waiting import wait_until
 from weights import cli, install
 from weights import hub as hub_module
@@ -167,15 +179,41 @@ def test_a_hash_that_nobody_published_is_recorded_and_said(tmp_path: Path, store
         point_to(hub, monkeypatch)
         said: list[str] = []
         get(model, store, said=said)
-        found = store.record(model.transformer)["source"][BIG]
-        assert len(found["sha256"]) == 64 and any(found["sha256"] in line and BIG in line for line in said)
+        found = store.sources(model.transformer)[BIG]
+        assert found == {"bytes": len(hub.files[BIG]), "sha256": hashlib.sha256(hub.files[BIG]).hexdigest()}
+        assert any(found["sha256"] in line and BIG in line and "hub itself names" in line for line in said)
         # Removed and got again, it has to be the same.
-        store.remove_model(model, [])
-        content = bytearray(hub.files[BIG])
+        store.remove_model(model, [], [])
+        right = hub.files[BIG]
+        content = bytearray(right)
         content[-1000] ^= 1
         hub.files[BIG] = bytes(content)
-        with pytest.raises(WeightsError, match="recorded at the first download"):
+        with pytest.raises(WeightsError, match=r"recorded at the first download.*delete \.state\.json.*verify"):
             get(model, store)
+        hub.files[BIG] = right[:-1]
+        with pytest.raises(WeightsError, match="another file than was downloaded before"):
+            get(model, store)
+        # Another revision is another file.
+        data = json.loads(manifest.read_text())
+        data["models"][0]["revision"] = hub.commit = "f" * 40
+        manifest.write_text(json.dumps(data))
+        hub.files = {**hub.files, f"/{REPOSITORY}/resolve/{hub.commit}/{BIG}": bytes(content)}
+        newer = load_manifest(manifest).model("small")
+        assert store.sources(newer.transformer) == {} != store.sources(model.transformer)
+
+
+def test_a_hash_that_only_the_hub_names_is_compared(tmp_path: Path, store: Store, monkeypatch) -> None:
+    manifest = write_published(tmp_path / "unknown", sha256=False)
+    model = load_manifest(manifest).model("small")
+    with Hub(published_files(manifest), tags={BIG: "0" * 64}) as hub:
+        point_to(hub, monkeypatch)
+        with pytest.raises(WeightsError, match=r"not the file that the hub itself names.*not 0000000000000000"):
+            get(model, store)
+        assert store.sources(model.transformer) == {}
+        hub.tags = {BIG: "0" * 40}  # the name of a small file's contents in git
+        said: list[str] = []
+        get(model, store, said=said)
+        assert any("Nobody has published the sha256 of generator.pt" in line for line in said)
 
 
 # ---- ends that come early
@@ -269,17 +307,26 @@ def test_a_slow_hub_is_waited_for_and_a_silent_one_is_not(hub: Hub, store: Store
     assert store.presence(model) == "present"
     monkeypatch.setattr(hub_constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     hub.silence = 0.3
-    store.remove_model(model, [])
+    store.remove_model(model, [], [])
     with pytest.raises(DownloadError, match=r"connection broke \(ReadTimeout\)"):
         get(model, store)
 
 
-def test_another_commit_or_size_is_refused(hub: Hub, store: Store, tmp_path: Path, monkeypatch) -> None:
-    manifest = write_published(tmp_path / "unknown", sha256=False)
-    model = load_manifest(manifest).model("small")
+@pytest.mark.parametrize("sha256", [True, False])
+def test_another_commit_or_size_is_refused_before_anything_comes(
+    hub: Hub, store: Store, model: Model, tmp_path: Path, sha256: bool
+) -> None:
+    if not sha256:
+        model = load_manifest(write_published(tmp_path / "unknown", sha256=False)).model("small")
     hub.commit = "f" * 40
     with pytest.raises(DownloadError, match="another revision"):
         get(model, store)
+    hub.commit = model.transformer.revision
+    if sha256:
+        hub.sizes = {"vae.pth": 1000}
+        with pytest.raises(WeightsError, match=r"vae\.pth .* has 1,000 bytes on the hub, but should have [\d,]{5,}\."):
+            get(model, store)
+    assert not [path for method, path, _ in hub.requests if method == "GET"]
 
 
 def test_offline_says_so_and_works_with_what_is_here(hub: Hub, store: Store, model: Model, copy: Store, monkeypatch):
@@ -300,7 +347,7 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(hub: Hub, store: St
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, install.SPARE_BYTES + 10_000))
     with pytest.raises(DownloadError, match=r"needs 20\d MB of free disk, and there are 200 MB.*SELF_FORCING_WEIGHTS"):
         get(model, store)
-    assert hub.requests == []
+    assert {method for method, _, _ in hub.requests} == {"HEAD"}
 
 
 @pytest.mark.parametrize("room", [0, 10_000, 100_000])
@@ -415,10 +462,10 @@ def test_removing_keeps_what_another_model_needs(hub: Hub, copy: Store, publishe
     manifest = load_manifest(published)
     small, other = manifest.model("small"), manifest.model("other")
     get(other, copy)
-    copy.remove_model(small, [other])
+    copy.remove_model(small, manifest.parts.values(), [other])
     assert copy.presence(small) == "absent" and copy.presence(other) == "present"
     assert SelfForcingPipeline.from_pretrained(copy.model_folder(other), device="cpu").spec.name == "Other"
-    assert copy.remove_model(other, [small]) > 0
+    assert copy.remove_model(other, manifest.parts.values(), [small]) > 0
     assert [path for path in copy.home.rglob("*") if path.suffix in (".safetensors", ".json")] == [copy._state_file]
 
 
@@ -433,14 +480,168 @@ def test_a_folder_that_cannot_be_made_is_said(model: Model, tmp_path: Path) -> N
         get(model, Store(tmp_path / "file"))
 
 
-def test_without_hard_links_it_says_so(hub: Hub, store: Store, model: Model, monkeypatch) -> None:
+def refuse_links(patch: pytest.MonkeyPatch, *names: str, code: int = errno.EPERM) -> None:
     def refuse(source: Path, target: Path) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(DownloadError, match="without hard links"):
+    for name in names:
+        patch.setattr(os, name, refuse)
+
+
+@pytest.mark.parametrize(("refused", "way"), [(["link"], "symbolic link"), (["link", "symlink"], "copy")])
+def test_without_hard_links_there_are_others_or_copies(
+    hub: Hub, store: Store, model: Model, monkeypatch, refused: list[str], way: str
+) -> None:
+    refuse_links(monkeypatch, *refused)
+    said: list[str] = []
+    folder = get(model, store, said=said)
+    assert f"knows no hard links; each file of the model folder is a {way} instead" in said[0]
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    assert weights.is_symlink() == (way == "symbolic link")
+    assert SelfForcingPipeline.from_pretrained(folder, device="cpu").spec.name == "Small"
+    assert store.presence(model) == "present" and verify(model, store, lambda progress: None) >= 8
+    hub.requests.clear()
+    get(model, store)
+    assert hub.requests == []
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(WeightsError, match="has changed"):
+        verify(model, store, lambda progress: None)
+    shutil.copytree(store.home, store.home.with_name("moved"), symlinks=True)
+    shutil.rmtree(store.home)
+    assert Store(store.home.with_name("moved")).remove_model(model, [], []) > 0
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_takes_no_files_is_not_said_to_know_no_links(hub, store, model, monkeypatch, code: int) -> None:
+    refuse_links(monkeypatch, "link", code=code)
+    with pytest.raises(DownloadError, match=re.escape(os.strerror(code))):
         get(model, store)
-    assert not store.model_folder(model).exists()
+    assert hub.requests == [], "nothing is fetched for nothing"
+
+
+def test_without_the_recorded_hashes_nothing_is_fetched_again(hub: Hub, copy: Store, model: Model) -> None:
+    copy._state_file.unlink()
+    get(model, copy)
+    assert copy.presence(model) == "present" and hub.requests == []
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"small": 3}', '{"small": {"source": {}}}', "\xff"])
+def test_a_damaged_list_of_hashes_is_said_and_hinders_nothing_that_is_here(
+    hub: Hub, copy: Store, store: Store, model: Model, content: str
+) -> None:
+    for place in (copy, store):
+        place.home.mkdir(exist_ok=True)
+        place._state_file.write_bytes(content.encode("latin-1"))
+    assert copy.presence(model) == "present"
+    with pytest.raises(WeightsError, match=r"\.state\.json .* cannot be read\. Delete it"):
+        get(model, store)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"revision": 3}', '{"files": []}', '{"files": {"config.json": null}}'])
+def test_a_damaged_record_makes_its_part_come_again(hub: Hub, copy: Store, model: Model, content: str) -> None:
+    record = copy.part_folder(model.transformer) / "record.json"
+    revision = json.loads(record.read_text())["revision"]
+    record.write_text(content.replace("{", f'{{"revision": "{revision}", ', 1) if "files" in content else content)
+    assert copy.presence(model) == "partial"
+    get(model, copy)
+    assert {path.rsplit("/", 1)[1] for _, path, _ in hub.requests} == {BIG}
+    assert copy.presence(model) == "present"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_note_that_cannot_be_written_is_one_sentence(hub: Hub, store: Store, model: Model, monkeypatch, code) -> None:
+    def full(path: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, target: full(path, target) if path.suffix == ".tmp" else None)
+        with pytest.raises(DownloadError, match=r"cannot be written \(") as raised:
+            get(model, store)
+    assert ("Free some space" in str(raised.value)) == (code == errno.ENOSPC)
+
+
+def test_a_disk_that_cannot_be_read_is_one_sentence(copy: Store, model: Model, monkeypatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: Broken())
+    with pytest.raises(WeightsError, match=r"cannot be read \(Input/output error\)\. The disk may be failing"):
+        hub_module.sha256_of(copy.home / "small" / "model_index.json")
+
+
+@pytest.mark.parametrize("value", [None, 3, "text-fp8", {"a": 1}, [None, ["text-fp8"], 3]])
+def test_a_strange_index_is_made_anew(hub: Hub, copy: Store, published: Path, value: Any) -> None:
+    manifest = load_manifest(published)
+    index = copy.home / "small" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_parts": value}))
+    model = copy.as_installed(manifest.model("small"), manifest)
+    assert model == manifest.model("small") and copy.presence(model) == "partial"
+    get(model, copy)
+    assert copy.presence(model) == "present" and hub.requests == []
+
+
+def test_settings_of_a_newer_manifest_arrive(hub: Hub, copy: Store, model: Model) -> None:
+    newer = replace(model, settings=dict(model.settings) | {"shift": 8.0})
+    assert copy.presence(newer) == "partial"
+    folder = get(newer, copy)
+    assert copy.presence(newer) == "present" and hub.requests == []
+    assert SelfForcingPipeline.from_pretrained(folder, device="cpu").spec.shift == 8.0
+
+
+def test_verify_looks_at_the_index_too(copy: Store, model: Model) -> None:
+    index = copy.home / "small" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": ["diffusers", "Another"]}))
+    with pytest.raises(WeightsError, match=r"model_index\.json of small has changed\. Put it right with: python -m"):
+        verify(model, copy, lambda progress: None)
+
+
+def test_a_download_goes_on_with_the_text_encoder_that_was_chosen(hub: Hub, command, store: Store) -> None:
+    hub.status = {"vae.pth": 500}  # after the text encoder
+    assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1
+    hub.status = {}
+    hub.cuts = [0] * 9
+    assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1
+    hub.cuts = []
+    assert command("download", "small")[0] == 0
+    parts = {path.name for path in (store.home / ".parts").iterdir()}
+    assert "text-fp8" in parts and "text" not in parts
+    assert not list((store.home / ".downloads").iterdir())
+
+
+def test_a_text_encoder_stays_until_the_other_one_has_come(hub: Hub, command, store: Store) -> None:
+    assert command("download", "small")[0] == 0
+    hub.cuts = [1000] + [0] * 9
+    assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1
+    hub.cuts = []
+    assert command("download", "other")[0] == 0 and command("remove", "other")[0] == 0
+    hub.requests.clear()
+    assert command("download", "small", "--text-encoder", "text")[0] == 0
+    assert hub.requests == [] and command("verify", "small")[0] == 0
+
+
+def test_removing_leaves_no_part_of_a_download_that_never_ended(hub: Hub, command, store: Store) -> None:
+    assert command("download", "small")[0] == 0
+    hub.cuts = [1000] + [0] * 9
+    assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1
+    assert (store.home / ".downloads" / "text-fp8").exists()
+    assert "free again" in command("remove", "small")[1]
+    assert not any((store.home / ".parts").iterdir()) and not any((store.home / ".downloads").iterdir())
+    assert "nothing to remove" in command("remove", "small")[1]
+
+
+def test_what_cannot_be_removed_is_not_said_to_be(hub: Hub, command, store: Store, monkeypatch) -> None:
+    assert command("download", "small")[0] == 0
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    code, out, err = command("remove", "small")
+    assert code == 1 and "Removed" not in out and "small cannot be removed (Permission denied)" in err
 
 
 def test_speed_and_time_left() -> None:

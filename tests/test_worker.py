@@ -292,6 +292,71 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(error: BaseException) 
         assert len(loads) == 2 and len(list(worker.submit(REQUEST))) == NUM_BLOCKS
 
 
+def test_when_neither_model_loads_both_errors_are_told_and_another_can_be_chosen() -> None:
+    loads: list[int] = []
+
+    def first() -> ScriptedPipeline:
+        loads.append(1)
+        if len(loads) > 1:
+            raise WeightsError("Its folder is gone.")
+        return ScriptedPipeline(spec=TINY)
+
+    def broken() -> ScriptedPipeline:
+        raise WeightsError("It is damaged.")
+
+    with ModelWorker(first) as worker:
+        worker.wait_ready(10)
+        with pytest.raises(WeightsError, match=r"It is damaged\. The model before it .*: Its folder is gone\."):
+            worker.switch(broken)
+        assert worker.loaded and not worker.exchanging
+        for question in (lambda: worker.wait_ready(0), lambda: list(worker.submit(REQUEST))):
+            with pytest.raises(WeightsError, match=r"^Its folder is gone\.$"):
+                question()
+        worker.switch(lambda: ScriptedPipeline(spec=TINY))
+        assert len(list(worker.submit(REQUEST))) == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), SystemExit(3)])
+def test_an_error_on_giving_up_the_old_model_is_no_success(monkeypatch, error: BaseException) -> None:
+    def fault() -> None:
+        raise error
+
+    with ModelWorker(lambda: ScriptedPipeline(spec=TINY)) as worker:
+        worker.wait_ready(10)
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.worker.free_memory", fault)
+            with pytest.raises(SelfForcingError, match="could not be loaded"):
+                worker.switch(lambda: ScriptedPipeline(spec=TINY))
+            with pytest.raises(SelfForcingError, match="could not be loaded"):
+                list(worker.submit(REQUEST))
+        worker.switch(lambda: ScriptedPipeline(spec=TINY))
+        assert len(list(worker.submit(REQUEST))) == NUM_BLOCKS
+
+
+def test_a_device_that_broke_cannot_hide_why_the_model_did_not_load(monkeypatch) -> None:
+    def fault() -> None:
+        raise RuntimeError("CUDA error")
+
+    def load() -> ScriptedPipeline:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.worker.free_memory", fault)
+    with ModelWorker(load) as worker, pytest.raises(OutOfMemory, match="out of memory while the model was loaded"):
+        worker.wait_ready(5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_new_thread_loads_the_model_that_the_old_one_lost() -> None:
+    with ModelWorker(lambda: ScriptedPipeline(spec=TINY)) as worker:
+        worker.wait_ready(10)
+        thread, worker._exchange = worker._thread, lambda switch: worker._no_such_thing  # type: ignore[method-assign]
+        worker._pipeline = None
+        with pytest.raises(SelfForcingError, match="restarted"):
+            worker.switch(lambda: ScriptedPipeline(spec=TINY))
+        assert not thread.is_alive()
+        assert len(list(worker.submit(REQUEST))) == NUM_BLOCKS
+
+
 def test_a_closed_worker_exchanges_nothing(worker: ModelWorker) -> None:
     worker.close()
     with pytest.raises(SelfForcingError, match="shut down"):

@@ -81,6 +81,7 @@ class Endpoints:
             The MP4 file, its recipe, and progress: state, block, num_blocks, frames, num_frames, time_to_first_frame,
             generation_fps, playback_fps, seed, applied. File and recipe are null until the end.
         """
+        self._page.generator.wait_for_exchange()
         checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile)
         try:
             for update in self._page.generator.run(checked, session_of(request), streamed=False):
@@ -151,6 +152,7 @@ class Endpoints:
         """
         page = self._page
         seconds = min(DEFAULT_SECONDS, page.max_seconds)
+        page.generator.wait_for_exchange()
         checked = page.request(prompt, seed, fps, seconds, False, False, False)
         session = session_of(request)
         page.streams.forget(session)

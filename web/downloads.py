@@ -6,23 +6,28 @@ because what it takes to convert 11 GB goes back to the machine with it.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import DownloadError, InvalidRequest
 from weights.manifest import MANIFEST_FILE
 from weights.progress import duration, gigabytes
 from weights.store import Store
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 5.0
+LINE_CHARS, TAIL_BYTES = 200, 4000
+"""Of what a download says, as much goes into the log."""
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Downloads:
         with self._lock:
             if self.state is not None and self.state.running:
                 raise InvalidRequest("A model is being downloaded already. Wait for its end, or stop it first.")
+            complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `_follow`, when the process is over
             try:
                 self._process = subprocess.Popen(
                     command,
@@ -65,14 +71,16 @@ class Downloads:
                     env=os.environ | {"PYTHONPATH": str(ROOT)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
+                    stderr=complaints,
                     text=True,
                     encoding="utf-8",
+                    errors="replace",
                 )
             except OSError as error:
+                complaints.close()
                 raise DownloadError(f"The download could not be started ({error.strerror}).") from error
             self.state = DownloadState(model_id)
-            threading.Thread(target=self._follow, args=(self._process, self.state), daemon=True).start()
+            threading.Thread(target=self._follow, args=(self._process, self.state, complaints), daemon=True).start()
 
     def stop(self) -> None:
         """End the download that goes on; what has come is kept. Returns at once."""
@@ -80,6 +88,11 @@ class Downloads:
             if self._process is not None and self.state is not None and self.state.running:
                 self.state.stopped = True
                 self._process.terminate()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the download was stopped and has not ended yet."""
+        return self.state is not None and self.state.running and self.state.stopped
 
     def close(self) -> None:
         """As `stop`, and wait: the program is about to end."""
@@ -90,15 +103,25 @@ class Downloads:
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
-    def _follow(self, process: subprocess.Popen[str], state: DownloadState) -> None:
+    def _follow(self, process: subprocess.Popen[str], state: DownloadState, complaints: BinaryIO) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            with contextlib.suppress(ValueError):
-                self._read(json.loads(line), state)
-        code = process.wait()
-        if code != 0 and not state.stopped and not state.error:
-            state.error = "The download ended unexpectedly. What has come is kept: download again to go on."
-        state.running = False
+        try:
+            for line in process.stdout:
+                try:
+                    self._read(json.loads(line), state)
+                except (ValueError, KeyError, TypeError, AttributeError):  # some library's words, or another version's
+                    logger.warning("The download of %s said: %s", state.model_id, line.strip()[:LINE_CHARS])
+        finally:
+            code = process.wait()
+            with complaints:
+                complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - TAIL_BYTES))
+                tail = complaints.read().decode("utf-8", "replace")
+            if code != 0 and not state.stopped:
+                logger.error("The download of %s ended with %d\n%s", state.model_id, code, tail)
+                state.error = state.error or (
+                    "The download ended unexpectedly. What has come is kept: download again to go on."
+                )
+            state.running = False
 
     def _read(self, event: dict[str, Any], state: DownloadState) -> None:
         if event.get("event") == "progress":

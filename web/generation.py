@@ -32,6 +32,8 @@ DEFAULT_SECONDS = 5.0
 TAIL_SECONDS = 0.5
 """Between the last segment and the end of the stream: a player that learns of both at once may never report the end."""
 
+EXCHANGE_POLL_SECONDS = 0.1
+
 Options = tuple[bool, bool, bool]
 
 
@@ -85,6 +87,16 @@ class Generator:
         except TimeoutError as error:
             stage = self.worker.loading.stage
             raise SelfForcingError(f"The model is not ready yet ({stage.lower()}). Try again in a moment.") from error
+
+    def wait_for_exchange(self) -> None:
+        """Wait until the model that is being exchanged is there.
+
+        Whoever stands in the queue has been told that their video will come; and whoever chose the model may have
+        closed the page, and with it have freed the place in the queue, while the model is still being loaded.
+        """
+        until = time.monotonic() + self.deadline
+        while self.worker.exchanging and time.monotonic() < until:
+            time.sleep(EXCHANGE_POLL_SECONDS)
 
     def checked_request(self, **fields: Any) -> GenerationRequest:
         """The one place where what a visitor sent becomes a request.

@@ -27,6 +27,8 @@ def wire_models(page: Page, menu: ModelMenu) -> None:
     menu.choice.change(events.show, [menu.choice], menu.shown, **aside)
     menu.get.click(events.start_download, [menu.choice], menu.shown, **aside)
     menu.end.click(events.stop_download, [menu.choice], menu.shown, **aside)
+    menu.after_switch = events.after_switch
+    menu.use.click(events.wait, None, [menu.card, menu.use], **quiet)
     menu.use.click(
         events.switch,
         [menu.choice],
@@ -35,7 +37,7 @@ def wire_models(page: Page, menu: ModelMenu) -> None:
         concurrency_limit=1,
         show_progress="hidden",
         api_visibility="private",
-    )
+    ).then(events.show, [menu.choice], menu.shown, **aside)  # a refusal would leave there what was said before
     menu.timer.tick(events.look, [menu.choice, menu.seen], [*events.outputs, menu.seen, *menu.shown], **quiet)
 
 
@@ -55,9 +57,17 @@ class _ModelEvents:
             yield from self._menu.switch(name)
         except SelfForcingError as error:
             raise refusal(error) from error
-        finally:
-            self._page.generator.forget_paces()
-            self._page.fit_to_model()
+
+    def after_switch(self) -> None:
+        self._page.generator.forget_paces()
+        self._page.fit_to_model()
+
+    def wait(self) -> Values:
+        """What is said at once to whoever wants another model while a video is being made."""
+        worker = self._page.worker
+        if not worker.busy or worker.exchanging:
+            return gr.skip(), gr.skip()
+        return self._menu.waiting, gr.update(visible=False)
 
     def start_download(self, name: str) -> Values:
         return self._done(name, lambda: self._menu.start_download(name))
@@ -85,10 +95,21 @@ class _ModelEvents:
         if changes != seen_changes:
             model = page.model_or_none()
             if model is None:
-                new[page.ui.news] = pieces.news("Another model is being loaded. Videos can be made again in a moment.")
+                new[page.ui.news] = pieces.news(self._why_none())
                 new[page.ui.generate] = gr.update(interactive=False)
             else:
                 fitted = page.ui.fitted_to(model)
                 new |= {component: gr.update(**fitted[component]) for component in self.outputs[1:]}
                 new[page.ui.news] = pieces.news(f"The model is now {model.name}.")
         return *new.values(), gr.update(value=f"{changes}:{drawn}"), *shown
+
+    def _why_none(self) -> str:
+        worker = self._page.worker
+        if worker.loaded:
+            try:
+                worker.wait_ready(timeout=0)
+            except SelfForcingError as error:
+                return f"There is no model now. {error} Choose one in the Model menu."
+            except TimeoutError:  # somebody has just chosen another one
+                pass
+        return "Another model is being loaded. Videos can be made again in a moment."

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from pipeline.blocks import StreamingPipeline
+from pipeline.cli import EMBEDDED_MODEL
 from pipeline.config import ModelSpec
 from pipeline.errors import InvalidRequest, SelfForcingError
 from pipeline.worker import ModelWorker
@@ -27,7 +28,9 @@ from weights.store import INDEX_FILE, Store
 
 MenuMode = Literal["switch", "download"]
 OWN = "own"
-"""Id of the model that the page was started with: the embedded one, unless another folder was named."""
+"""Id of the folder that the page was started with: the embedded one, unless another one was named."""
+EMBEDDED = "embedded"
+"""Id of the embedded model where that is another one."""
 POLL_SECONDS = 2.0
 LOADING_POLL_SECONDS = 0.4
 
@@ -56,13 +59,17 @@ class ModelMenu:
         self._choices = choices
         self._worker = worker
         self._manifest: Manifest = load_manifest(choices.manifest_file)
-        self._own_name = _name_of(choices.folder)
-        self._current = OWN
+        self._folders, self._started_with = _own_folders(choices, self._manifest)
+        self._current: str | None = self._started_with
+        """None if the last exchange left no model at all."""
+        self.after_switch: Callable[[], None] = lambda: None
+        """Is called on whatever thread, when an exchange is over, well or badly."""
         self.downloads = Downloads(choices.store, choices.manifest_file)
         with gr.Accordion("Model", open=False, elem_id="models"):
-            titles = [(self._own_name, OWN)] + [(model.title, name) for name, model in self._manifest.models.items()]
-            self.choice = gr.Dropdown(titles, value=OWN, label="Model", container=False, elem_id="model-choice")
-            self.card = gr.HTML(self.card_of(OWN), elem_id="model-card", padding=False)
+            titles = [(self._title(name), name) for name in (*self._folders, *self._manifest.models)]
+            chosen = self._started_with
+            self.choice = gr.Dropdown(titles, value=chosen, label="Model", container=False, elem_id="model-choice")
+            self.card = gr.HTML(self.card_of(chosen), elem_id="model-card", padding=False)
             with gr.Row(elem_id="model-buttons"):
                 self.use = gr.Button("Use this model", size="sm", elem_id="model-use", visible=False)
                 self.get = gr.Button("Download", size="sm", elem_id="model-get", visible=False)
@@ -90,8 +97,21 @@ class ModelMenu:
                 visible=state != "present" and may_get and not running,
                 value="Go on with the download" if begun else f"Download{missing}",
             ),
-            gr.update(visible=may_get and running == name),
+            gr.update(visible=may_get and running == name and not self.downloads.stopping),
         )
+
+    def fit(self) -> None:
+        """Make a page that comes from now on open with the model that is in use, or else the one of the start."""
+        self.choice.value = name = self._current or self._started_with
+        self.card.value = self.card_of(name)
+        self.use.visible = self._current is None and self._state(name) == "present"
+        self.get.visible = self.end.visible = False
+
+    @property
+    def waiting(self) -> str:
+        """The card of somebody who wants another model while a video is being made."""
+        line = "The model is exchanged as soon as the videos before are done."
+        return f'<div class="sf-models"><p role="status"><b>Waiting.</b> {line}</p></div>'
 
     # ---- what the buttons do
 
@@ -99,12 +119,13 @@ class ModelMenu:
         """Exchange the model, telling how far it is. Yields values of `shown`; to be run in the queue of the model.
 
         Raises:
-            SelfForcingError: the model is not here, or could not be loaded; then the old one is back.
+            SelfForcingError: the model is not here, or could not be loaded; then the old one is back, or this says
+                that it is not.
         """
         model = self._model(name)
         if self._state(name) != "present":
             raise InvalidRequest(f"{self._title(name)} is not here yet. Download it first.")
-        folder = self._choices.folder if model is None else self._choices.store.model_folder(model)
+        folder = self._folders[name] if model is None else self._choices.store.model_folder(model)
         failures: list[SelfForcingError] = []
 
         def work() -> None:
@@ -113,6 +134,9 @@ class ModelMenu:
                 self._current = name
             except SelfForcingError as error:
                 failures.append(error)
+                self._current = self._current if self._has_model() else None
+            finally:  # here, and not where it is told: whoever asked may have gone
+                self.after_switch()
 
         thread = threading.Thread(target=work, name="switch", daemon=True)
         thread.start()
@@ -124,6 +148,15 @@ class ModelMenu:
         yield self.show(name)
         if failures:
             raise failures[0]
+
+    def _has_model(self) -> bool:
+        try:
+            self._worker.wait_ready(timeout=0)
+        except SelfForcingError:
+            return False
+        except TimeoutError:  # the next exchange has begun, and will say
+            pass
+        return True
 
     def start_download(self, name: str) -> None:
         """Raises `InvalidRequest` if this may not or need not be, or another one goes on."""
@@ -150,6 +183,8 @@ class ModelMenu:
         if model is None:
             return f'<div class="sf-models">{"".join(lines) or "<p>Here.</p>"}</div>'
         if download is not None and download.running and download.model_id == name:
+            if download.stopped:
+                return _bar("Stopping …", "What has come is kept.", download.share)
             return _bar("Downloading", download.line or download.stage, download.share, download.stage)
         if download is not None and download.error and download.model_id == name:
             lines.append(f'<p class="sf-wrong">{escape(download.error)}</p>')
@@ -165,19 +200,21 @@ class ModelMenu:
         state, missing = self._state(name), self._missing_bytes(name)
         if state == "present":
             return "It is here."
-        size = f"{gigabytes(missing)} to download" if missing else "how much there is to download shows at its start"
+        size = "how much there is to download shows at its start"
+        if missing is not None:
+            size = f"{gigabytes(missing)} to download" if missing else "what came needs to be put together"
         advice = "" if self._choices.mode == "download" else " The operator of this page can get it."
         return f"{'Partly' if state == 'partial' else 'Not'} here: {size}.{advice}"
 
     def _title(self, name: str) -> str:
         model = self._model(name)
-        return self._own_name if model is None else model.title
+        return _name_of(self._folders[name]) if model is None else model.title
 
     def _model(self, name: str) -> Model | None:
-        if name == OWN:
-            return None
         if not isinstance(name, str):
             raise InvalidRequest("Choose one of the models in the list.")
+        if name in self._folders:
+            return None
         return self._choices.store.as_installed(self._manifest.model(name), self._manifest)
 
     def _state(self, name: str) -> str:
@@ -214,6 +251,23 @@ def _bar(headline: str, line: str, share: float, stage: str = "") -> str:
         f'<div class="sf-bar"><i style="width:{100 * share:.1f}%"></i></div>'
         f"{f'<p>{escape(stage)}</p>' if stage else ''}</div>"
     )
+
+
+def _own_folders(choices: ModelChoices, manifest: Manifest) -> tuple[dict[str, Path], str]:
+    """Models that need no download, by id, and the id of the one that the page starts with.
+
+    The embedded model is always among them. A folder of the store is no further model, but that of its entry.
+    """
+    folders = {OWN: choices.folder}
+    if choices.folder.resolve() == EMBEDDED_MODEL.resolve():
+        return folders, OWN
+    if (EMBEDDED_MODEL / INDEX_FILE).is_file():
+        folders = {EMBEDDED: EMBEDDED_MODEL, **folders}
+    for name, model in manifest.models.items():
+        if choices.folder.resolve() == choices.store.model_folder(model).resolve():
+            del folders[OWN]
+            return folders, name
+    return folders, OWN
 
 
 def _name_of(folder: Path) -> str:

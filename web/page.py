@@ -110,14 +110,17 @@ class Page:
         )
 
     def fit_to_model(self) -> None:
-        """Make the page that visitors get from now on the one for this model, if there is one."""
-        if (model := self.model_or_none()) is None:
-            return
-        for component, settings in self.ui.fitted_to(model).items():
+        """Make the page that visitors get from now on the one for this model."""
+        model = self.model_or_none()
+        # Without one (it is still loading, or was lost in an exchange) nothing can be made.
+        fitted = {self.ui.generate: {"interactive": False}} if model is None else self.ui.fitted_to(model)
+        for component, settings in fitted.items():
             for name, value in settings.items():
                 setattr(component, name, value)
         if self.ui.models is not None:
-            self.ui.models.seen.value = str(self.worker.changes)
+            if model is not None:
+                self.ui.models.seen.value = str(self.worker.changes)
+            self.ui.models.fit()
         self.blocks.config = self.blocks.get_config_file()
 
     # ---- events
@@ -202,6 +205,7 @@ class Page:
     def _generate(
         self, prompt, seed, fps, seconds, taehv, fp8, compile, ticket, request: gr.Request
     ) -> Iterator[Values]:
+        self.generator.wait_for_exchange()
         checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
         session = session_of(request)
         self.streams.forget(session)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from pipeline.cli import SentenceParser, quiet_libraries, say, terminate_like_interrupt
 from pipeline.errors import InvalidRequest, SelfForcingError, WeightsError
+from weights.install import download, verify
 from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, load_manifest
 from weights.progress import Listener, Progress, gigabytes
 from weights.store import Store
@@ -31,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         as_json = options.json
         quiet_libraries(options.verbose)
-        # Downloads are resumed; Xet's own transfer cannot be. It is asked for at import, which is still to come.
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         terminate_like_interrupt()
         options.command(options)
         return 0
@@ -145,20 +143,15 @@ def show_model(options: argparse.Namespace) -> None:
 
 
 def download_model(options: argparse.Namespace) -> None:
-    manifest, store = load_manifest(options.manifest), Store(options.home)
-    before, model = store.as_installed(manifest.model(options.id), manifest), _chosen(options)
+    manifest, store, model = load_manifest(options.manifest), Store(options.home), _chosen(options)
     for licence, titles in _licences(model).items():
         line = f"{', '.join(titles)}: {licence.name}. {licence.terms}"
         _print({"event": "licence", "text": line}) if options.json else say(line)
-    from weights.install import download  # the HTTP library, which lists can do without
-
     with _shown(options.json) as listener:
         told: list[str] = []
         folder = download(model, store, listener, told.append)
         with store.locked():  # a text encoder that was exchanged
-            store.drop(
-                [part for part in before.parts if part not in model.parts], [model, *_others(model, manifest, store)]
-            )
+            store.drop(manifest.parts.values(), [model, *_others(model, manifest, store)])
     for line in told:
         _print({"event": "note", "text": line}) if options.json else say(line)
     if options.json:
@@ -169,8 +162,6 @@ def download_model(options: argparse.Namespace) -> None:
 
 def verify_model(options: argparse.Namespace) -> None:
     model, store = _chosen(options), Store(options.home)
-    from weights.install import verify
-
     with _shown(options.json) as listener:
         count = verify(model, store, listener)
     _print({"event": "done", "files": count}) if options.json else _write(f"All {count} files are as they came.")
@@ -180,10 +171,14 @@ def remove_model(options: argparse.Namespace) -> None:
     manifest, store = load_manifest(options.manifest), Store(options.home)
     model = store.as_installed(manifest.model(options.id), manifest)
     with store.locked():
-        freed = store.remove_model(model, _others(model, manifest, store))
-    _print({"event": "done", "freed": freed}) if options.json else _write(
-        f"Removed; {gigabytes(freed)} are free again."
-    )
+        there = store.presence(model) != "absent"
+        freed = store.remove_model(model, manifest.parts.values(), _others(model, manifest, store))
+    if options.json:
+        _print({"event": "done", "freed": freed})
+    elif there or freed:
+        _write(f"Removed; {gigabytes(freed)} are free again.")
+    else:
+        _write(f"{model.title} is not here: there was nothing to remove.")
 
 
 def convert_file(options: argparse.Namespace) -> None:

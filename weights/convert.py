@@ -24,7 +24,7 @@ from pipeline.checkpoint import check_state, load_checkpoint, load_tensors, wan_
 from pipeline.errors import WeightsError
 from pipeline.taehv import TAEHV
 from weights.manifest import Part
-from weights.store import write_whole
+from weights.store import partial_of, write_whole
 from weights.text_names import umt5_names, unscaled
 
 PIECE_BYTES = 1 << 30
@@ -34,30 +34,26 @@ Finish = Callable[[str, Tensor], Tensor]
 """(name, tensor of the file) -> the tensor as it is written."""
 
 
-def convert_part(part: Part, sources: list[Path], out: Path) -> None:
-    """Make the folder of a part out of its downloaded files. `out` appears whole or not at all.
+def convert_part(part: Part, sources: list[Path], folder: Path) -> None:
+    """Fill the folder of a part out of its downloaded files.
 
     Raises:
         WeightsError: the files are damaged or of another kind.
-        DownloadError: the folder cannot be written.
+        OSError, SafetensorError: the folder cannot be written; `write_whole` explains them.
     """
     dtype = None if part.dtype is None else getattr(torch, part.dtype)
     config = {} if part.config is None else read_config(part.config)
-
-    def write(folder: Path) -> None:
-        if part.kind == "tokenizer":
-            for source in sources:
-                shutil.copyfile(source, folder / source.name)
-        elif part.kind == "transformer":
-            write_transformer(sources[0], folder, config, part.key, dtype)
-        elif part.kind == "text_encoder":
-            write_text_encoder(sources[0], folder, config, dtype)
-        elif part.kind == "vae":
-            write_vae(sources[0], folder, config, dtype)
-        else:
-            write_taehv(sources[0], folder, config, dtype)
-
-    write_whole(out, write)
+    if part.kind == "tokenizer":
+        for source in sources:
+            shutil.copyfile(source, folder / source.name)
+    elif part.kind == "transformer":
+        write_transformer(sources[0], folder, config, part.key, dtype)
+    elif part.kind == "text_encoder":
+        write_text_encoder(sources[0], folder, config, dtype)
+    elif part.kind == "vae":
+        write_vae(sources[0], folder, config, dtype)
+    else:
+        write_taehv(sources[0], folder, config, dtype)
 
 
 def convert_transformer(
@@ -72,8 +68,9 @@ def convert_transformer(
         key: entry of the checkpoint; default: the best that is there.
         dtype: of the weights; default: as in the file.
     """
-    if out.exists():
-        raise WeightsError(f"{out.name} exists already. Choose another folder, or remove this one first.")
+    for place in (out, partial_of(out)):
+        if place.exists():  # the second may be a user's, or of a conversion that was killed, or goes on
+            raise WeightsError(f"{place.name} exists already. Choose another folder, or remove this one first.")
     settings = read_config(config)
     write_whole(out, lambda folder: write_transformer(source, folder, settings, key, dtype))
 
@@ -157,6 +154,7 @@ def write_weights(
         if bad := next((name for name, tensor in piece.items() if not _is_finite(tensor)), None):
             raise WeightsError(f"{bad} holds invalid numbers (NaN or infinity), so the checkpoint cannot be used.")
         save_file(piece, folder / file, metadata={"format": "pt"})
+        del piece  # or the next one would be made beside it
     if pieces.is_sharded:
         index = {"metadata": pieces.metadata, "weight_map": pieces.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

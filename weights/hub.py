@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,13 +27,24 @@ from weights.progress import Meter
 
 PARTIAL = ".part"
 HASH_CHUNK = 1 << 22
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def remote_size(part: Part, file: RemoteFile) -> int:
-    """Bytes of a file, as the hub says.
+@dataclass(frozen=True)
+class RemoteState:
+    """What the hub says of a file."""
+
+    bytes: int
+    sha256: str | None
+    """It names that of large files, as their ETag; small ones have another one there."""
+
+
+def remote_state(part: Part, file: RemoteFile, expected_bytes: int | None) -> RemoteState:
+    """Ask the hub for a file, before any of it is fetched.
 
     Raises:
         DownloadError: it cannot be asked, or does not have the file.
+        WeightsError: its file has another size than `expected_bytes`.
     """
     with _explained(part, file):
         metadata = huggingface_hub.get_hf_file_metadata(_url(part, file))
@@ -42,12 +55,14 @@ def remote_size(part: Part, file: RemoteFile) -> int:
         )
     if metadata.size is None:
         raise DownloadError(f"The hub does not say how large {file.name} of {part.repository} is. Try again later.")
-    if file.bytes is not None and metadata.size != file.bytes:
+    if expected_bytes is not None and metadata.size != expected_bytes:
+        whose = "the manifest means" if file.bytes else "was downloaded before"
         raise WeightsError(
-            f"{file.name} of {part.repository} has {metadata.size:,} bytes on the hub, but should have {file.bytes:,}. "
-            "It is another file than the manifest means, so it is not downloaded."
+            f"{file.name} of {part.repository} has {metadata.size:,} bytes on the hub, but should have "
+            f"{expected_bytes:,}. It is another file than {whose}, so it is not downloaded."
         )
-    return metadata.size
+    tag = (metadata.etag or "").lower()
+    return RemoteState(metadata.size, tag if SHA256.fullmatch(tag) else None)
 
 
 def fetch(part: Part, file: RemoteFile, size: int, folder: Path, meter: Meter) -> Path:
@@ -83,12 +98,22 @@ def fetch(part: Part, file: RemoteFile, size: int, folder: Path, meter: Meter) -
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
-    """Hash of a file, read in pieces."""
+    """Hash of a file, read in pieces.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(HASH_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(HASH_CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        raise WeightsError(
+            f"{path.name} cannot be read ({error.strerror or error}). The disk may be failing: remove the model, and "
+            "download it again to another one if need be."
+        ) from error
     return digest.hexdigest()
 
 

@@ -7,17 +7,18 @@ the disk holds at most one file twice.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.errors import DownloadError, WeightsError
-from weights.hub import fetch, remote_size, sha256_of
+from weights.hub import fetch, remote_state, sha256_of
+from weights.links import Way, best_way, put
 from weights.manifest import Model, Part, RemoteFile
 from weights.progress import Listener, Meter, gigabytes
-from weights.store import INDEX_FILE, PARTS_FIELD, Store, write_whole
+from weights.store import HOME_VARIABLE, INDEX_FILE, PARTS_FIELD, Store, read_index, write_whole
 
 SPARE_BYTES = 200_000_000
 """That a disk should have left in the end."""
@@ -27,12 +28,22 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a file has to be."""
+
+    bytes: int
+    sha256: str | None
+    """None if nobody names it."""
+    named_by: Literal["manifest", "record", "hub"] = "manifest"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a download comes to."""
 
     missing: tuple[Part, ...]
-    sizes: dict[str, dict[str, int]]
-    """Part id -> file name -> bytes."""
+    files: dict[str, dict[str, Expected]]
+    """Part id -> file name -> what it has to be."""
     fetched: int
     """Bytes of the missing parts that are here already."""
     needed: int
@@ -40,7 +51,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return sum(sum(files.values()) for files in self.sizes.values())
+        return sum(map(_total, self.files.values()))
 
 
 def download(model: Model, store: Store, listener: Listener, say: Say) -> Path:
@@ -51,42 +62,73 @@ def download(model: Model, store: Store, listener: Listener, say: Say) -> Path:
         WeightsError: what came is not what the manifest means.
     """
     with store.locked():
-        plan = make_plan(model, store)
+        way = _way_of(store)
+        plan = make_plan(model, store, way)
         check_disk(plan, store)
+        if plan.missing:
+            store.choose(model)
+        if way != "hard link" and not store.linked(model):
+            say(f"The disk of the downloads knows no hard links; each file of the model folder is a {way} instead.")
         meter = Meter(plan.total, listener)
         for part in plan.missing:
             sources = [
-                fetch_checked(part, file, plan.sizes[part.id][file.name], store, meter, say) for file in part.files
+                fetch_checked(part, file, plan.files[part.id][file.name], store, meter, say) for file in part.files
             ]
             meter.stage(f"Converting the {part.kind.replace('_', ' ')}")
-            from weights.convert import convert_part  # torch, for which the first byte need not wait
-
-            convert_part(part, sources, store.part_folder(part))
-            remember_part(part, store)
+            make_part(part, sources, store)
             shutil.rmtree(store.download_folder(part), ignore_errors=True)
-        return link_model(model, store)
+        folder = link_model(model, store, way)
+        store.chosen(model)
+        return folder
 
 
-def make_plan(model: Model, store: Store) -> Plan:
-    """Ask what is missing and how large it is. Needs no network if nothing is."""
+def _way_of(store: Store) -> Way:
+    try:
+        return best_way(store.home)
+    except OSError as error:
+        raise DownloadError(
+            f"The folder for downloads cannot be used ({error.strerror or error}). Name another one in {HOME_VARIABLE}."
+        ) from error
+
+
+def make_plan(model: Model, store: Store, way: Way = "hard link") -> Plan:
+    """Ask what is missing and how large it is. Needs no network if nothing is.
+
+    Raises:
+        DownloadError: the hub cannot be asked, or does not have a file.
+        WeightsError: a file of the hub is not the one that is meant.
+    """
     missing = tuple(part for part in model.parts if not store.has_part(part))
-    sizes = {part.id: {file.name: _size_of(part, file, store) for file in part.files} for part in missing}
+    files = {part.id: {file.name: _expected(part, file, store) for file in part.files} for part in missing}
     fetched = {
-        part.id: sum(min(store.fetched_bytes(part, name), size) for name, size in sizes[part.id].items())
+        part.id: sum(min(store.fetched_bytes(part, name), file.bytes) for name, file in files[part.id].items())
         for part in missing
     }
     worst = kept = 0
     for part in missing:
-        download_bytes = sum(sizes[part.id].values())
+        download_bytes = _total(files[part.id])
         result = _converted_bytes(part, download_bytes)
         worst = max(worst, kept + download_bytes - fetched[part.id] + result)
         kept += result - fetched[part.id]  # the download goes, and with it what of it was here before
-    return Plan(missing, sizes, sum(fetched.values()), worst)
+    if way == "copy" and not store.linked(model):
+        here = sum(entry["bytes"] for part in model.parts for entry in store.part_files(part).values())
+        worst = max(worst, kept + here + sum(_converted_bytes(part, _total(files[part.id])) for part in missing))
+    return Plan(missing, files, sum(fetched.values()), worst)
 
 
-def _size_of(part: Part, file: RemoteFile, store: Store) -> int:
-    size = file.bytes or store.record(part).get("source", {}).get(file.name, {}).get("bytes")
-    return size if size else remote_size(part, file)
+def _total(files: dict[str, Expected]) -> int:
+    return sum(file.bytes for file in files.values())
+
+
+def _expected(part: Part, file: RemoteFile, store: Store) -> Expected:
+    """What a missing file has to be. The hub is asked unless all of the file has come and its hash is known."""
+    seen = store.sources(part).get(file.name, {})
+    size, sha256 = file.bytes or seen.get("bytes"), file.sha256 or seen.get("sha256")
+    named_by: Literal["manifest", "record"] = "manifest" if file.sha256 else "record"
+    if size and sha256 and store.is_fetched(part, file.name, size):
+        return Expected(size, sha256, named_by)
+    remote = remote_state(part, file, size)
+    return Expected(remote.bytes, sha256, named_by) if sha256 else Expected(remote.bytes, remote.sha256, "hub")
 
 
 def _converted_bytes(part: Part, download_bytes: int) -> int:
@@ -106,45 +148,63 @@ def check_disk(plan: Plan, store: Store) -> None:
         )
 
 
-def fetch_checked(part: Part, file: RemoteFile, size: int, store: Store, meter: Meter, say: Say) -> Path:
+def fetch_checked(part: Part, file: RemoteFile, expected: Expected, store: Store, meter: Meter, say: Say) -> Path:
     """A file of the right contents. What is wrong is deleted, so that the next call begins anew."""
     meter.stage(f"Downloading {file.name}")
-    path = fetch(part, file, size, store.download_folder(part), meter)
+    path = fetch(part, file, expected.bytes, store.download_folder(part), meter)
     meter.stage(f"Checking {file.name}")
     found = sha256_of(path)
-    seen = store.record(part).get("source", {})
-    expected = file.sha256 or seen.get(file.name, {}).get("sha256")
-    if expected is not None and found != expected:
+    if expected.sha256 is not None and found != expected.sha256:
         path.unlink()
-        whose = "the manifest names" if file.sha256 else "was recorded at the first download"
         raise WeightsError(
-            f"{file.name} of {part.repository} is not the file that {whose}: its sha256 is {found[:16]}…, not "
-            f"{expected[:16]}…. It was deleted; the same command fetches it again."
+            f"{file.name} of {part.repository} is not the file that {_NAMED[expected.named_by]}: its sha256 is "
+            f"{found[:16]}…, not {expected.sha256[:16]}…. It was deleted; the same command fetches it again."
+            f"{_WAY_OUT if expected.named_by == 'record' else ''}"
         )
-    if expected is None:
+    if expected.sha256 is None:
         say(f"Nobody has published the sha256 of {file.name}; that of this download is recorded: {found}.")
-    store.remember(part, source=seen | {file.name: {"bytes": size, "sha256": found}})
+    elif expected.named_by == "hub":
+        say(f"The sha256 of {file.name} is the one that the hub itself names, and is recorded: {found}.")
+    store.remember_source(part, file.name, expected.bytes, found)
     return path
 
 
-def remember_part(part: Part, store: Store) -> None:
-    """Record what a converted part consists of."""
-    folder = store.part_folder(part)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
-    store.remember(part, revision=part.revision, files=files)
+_NAMED = {
+    "manifest": "the manifest names",
+    "record": "was recorded at the first download",
+    "hub": "the hub itself names",
+}
+_WAY_OUT = (
+    " If it ends like this again, the first download was the wrong one: delete .state.json in the folder of the "
+    "downloads, and this one is recorded instead. What is here is checked with: python -m weights verify ID"
+)
 
 
-def link_model(model: Model, store: Store) -> Path:
+def make_part(part: Part, sources: list[Path], store: Store) -> None:
+    """Convert a part, and record what it consists of."""
+    from weights.convert import convert_part  # torch, for which the first byte need not wait
+
+    def write(folder: Path) -> None:
+        convert_part(part, sources, folder)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
+        }
+        store.remember_part(part, files, folder)
+
+    write_whole(store.part_folder(part), write)
+
+
+def link_model(model: Model, store: Store, way: Way) -> Path:
     """Make the model's folder out of its parts."""
     folder = store.model_folder(model)
-    if store.linked(model) and _index_of(folder) == _index(model):
+    if store.linked(model) and read_index(folder) == _index(model):
         return folder
 
     def write(partial: Path) -> None:
         for part in model.parts:
             (partial / part.kind).mkdir()
-            for name in store.record(part)["files"]:
-                _link(store.part_folder(part) / name, partial / part.kind / name)
+            for name in store.part_files(part):
+                put(store.part_folder(part) / name, partial / part.kind / name, way)
         (partial / INDEX_FILE).write_text(json.dumps(_index(model), indent=2), encoding="utf-8")
 
     write_whole(folder, write)
@@ -158,23 +218,6 @@ def _index(model: Model) -> dict[str, object]:
     return {**index_entries(named), PARTS_FIELD: [part.id for part in model.parts], "settings": dict(model.settings)}
 
 
-def _index_of(folder: Path) -> object:
-    try:
-        return json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        raise DownloadError(
-            f"The folder for downloads is on a file system without hard links ({error.strerror}). Name one on another "
-            "disk in SELF_FORCING_WEIGHTS."
-        ) from error
-
-
 def verify(model: Model, store: Store, listener: Listener) -> int:
     """Read every file of a model and compare its hash. Returns the number of files.
 
@@ -185,16 +228,29 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
     with store.locked():
         if (presence := store.presence(model)) != "present":
             raise WeightsError(f"{model.title} is {_in_words(presence)}. Get it with: {again}")
-        records = [(part, name, entry) for part in model.parts for name, entry in store.record(part)["files"].items()]
+        folder = store.model_folder(model)
+        if read_index(folder) != _index(model):
+            raise WeightsError(f"{INDEX_FILE} of {model.id} has changed. Put it right with: {again}")
+        records = [
+            (part, path, entry)
+            for part in model.parts
+            for name, entry in store.part_files(part).items()
+            for path in _distinct(store.part_folder(part) / name, folder / part.kind / name)
+        ]
         meter = Meter(sum(entry["bytes"] for _, _, entry in records), listener)
-        for part, name, entry in records:
-            meter.stage(f"Checking {part.id}/{name}")
-            if sha256_of(store.part_folder(part) / name, meter.advance) != entry["sha256"]:
-                store.remember(part, files={})
+        for part, path, entry in records:
+            meter.stage(f"Checking {part.id}/{path.name}")
+            if sha256_of(path, meter.advance) != entry["sha256"]:
+                store.forget_part(part)
                 raise WeightsError(
-                    f"{name} of {part.id} has changed since it was downloaded. Get it again with: {again}"
+                    f"{path.name} of {part.id} has changed since it was downloaded. Get it again with: {again}"
                 )
     return len(records)
+
+
+def _distinct(one: Path, other: Path) -> list[Path]:
+    """Two names of one file are one; a copy is read, too."""
+    return [one] if one.samefile(other) else [one, other]
 
 
 def _in_words(presence: str) -> str:
