@@ -252,7 +252,9 @@ def test_the_page_is_public_only_on_purpose(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setenv("SPACE_ID", "me/mine") if space else monkeypatch.delenv("SPACE_ID", raising=False)
     served = []
-    monkeypatch.setattr(app, "serve", lambda worker, options, auth, stop: served.append((options, auth)))
+    monkeypatch.setattr(
+        app, "serve", lambda worker, options, auth, stop, models: served.append((options, auth, models))
+    )
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         assert app.main([*arguments, "--model", str(tmp_path)], load=lambda *_: ScriptedPipeline()) == code
@@ -263,7 +265,9 @@ def test_the_page_is_public_only_on_purpose(
     if host is None:
         assert served == [] and len(lines) == 1
     else:
-        ((options, auth),) = served
+        ((options, auth, models),) = served
+        # Strangers must not fill the disk or exchange everybody's model.
+        assert (models is None) == (space or bool(arguments))
         assert (options.host, options.share) == (host, "--share" in arguments)
         assert auth == (("me", "se:cret") if "--auth" in arguments else None)
     assert lines == [] if said is None else re.search(said, lines[0], re.IGNORECASE)
