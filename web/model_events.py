@@ -24,9 +24,10 @@ def wire_models(page: Page, menu: ModelMenu) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     # In the queue, though it never waits there: the page shows no errors of events outside of it.
     aside = {**quiet, "queue": True, "concurrency_limit": None}
-    menu.choice.change(events.show, [menu.choice], menu.shown, **aside)
-    menu.get.click(events.start_download, [menu.choice], menu.shown, **aside)
-    menu.end.click(events.stop_download, [menu.choice], menu.shown, **aside)
+    asked, drawn = [menu.choice, menu.seen], [*menu.shown, menu.seen]
+    menu.choice.change(events.show, asked, drawn, **aside)
+    menu.get.click(events.start_download, asked, drawn, **aside)
+    menu.end.click(events.stop_download, asked, drawn, **aside)
     menu.after_switch = events.after_switch
     menu.use.click(events.wait, None, [menu.card, menu.use], **quiet)
     menu.use.click(
@@ -37,8 +38,8 @@ def wire_models(page: Page, menu: ModelMenu) -> None:
         concurrency_limit=1,
         show_progress="hidden",
         api_visibility="private",
-    ).then(events.show, [menu.choice], menu.shown, **aside)  # a refusal would leave there what was said before
-    menu.timer.tick(events.look, [menu.choice, menu.seen], [*events.outputs, menu.seen, *menu.shown], **quiet)
+    ).then(events.show, asked, drawn, **aside)  # a refusal would leave there what was said before
+    menu.timer.tick(events.look, asked, [*events.outputs, menu.seen, *menu.shown], **quiet)
 
 
 class _ModelEvents:
@@ -49,8 +50,8 @@ class _ModelEvents:
         kept = (page.ui.arrival, page.ui.status)
         self.outputs = [page.ui.news, *(component for component in page.ui.fitted if component not in kept)]
 
-    def show(self, name: str) -> Values:
-        return self._done(name, lambda: None)
+    def show(self, name: str, seen: str) -> Values:
+        return self._done(name, seen, lambda: None)
 
     def switch(self, name: str) -> Iterator[Values]:
         try:
@@ -69,16 +70,18 @@ class _ModelEvents:
             return gr.skip(), gr.skip()
         return self._menu.waiting, gr.update(visible=False)
 
-    def start_download(self, name: str) -> Values:
-        return self._done(name, lambda: self._menu.start_download(name))
+    def start_download(self, name: str, seen: str) -> Values:
+        return self._done(name, seen, lambda: self._menu.start_download(name))
 
-    def stop_download(self, name: str) -> Values:
-        return self._done(name, self._menu.stop_download)
+    def stop_download(self, name: str, seen: str) -> Values:
+        return self._done(name, seen, self._menu.stop_download)
 
-    def _done(self, name: str, action: Callable[[], None]) -> Values:
+    def _done(self, name: str, seen: str, action: Callable[[], None]) -> Values:
+        """What the menu shows after an action. The next look draws it again: an answer may overtake another."""
+        changes = str(seen).partition(":")[0]
         try:
             action()
-            return self._menu.show(name)
+            return *self._menu.show(name), gr.update(value=f"{changes}:")
         except SelfForcingError as error:
             raise refusal(error) from error
 
@@ -86,7 +89,10 @@ class _ModelEvents:
         """What every open page asks now and then: whether the model is another one, and how a download goes."""
         page = self._page
         new: dict[Any, Any] = dict.fromkeys(self.outputs, gr.skip())
-        shown = self.show(name)
+        try:
+            shown = self._menu.show(name)
+        except SelfForcingError as error:
+            raise refusal(error) from error
         # What has not changed is not drawn again, every other second, under somebody's hands.
         changes, drawn = str(page.worker.changes), f"{zlib.crc32(repr(shown).encode()):x}"
         seen_changes, _, seen_drawn = seen.partition(":")
