@@ -94,8 +94,8 @@ def get(site: Server, name: str) -> None:
 
 
 def test_what_is_offered_and_what_it_costs(site: Server) -> None:
-    assert "In use" in card(site.run("own", name="show")[-1])
-    values = site.run("small", name="show")[-1]
+    assert "In use" in card(site.run("own", "0", name="show")[-1])
+    values = site.run("small", "0", name="show")[-1]
     assert "Not here" in card(values) and "Test-1.0" in card(values) and "to download" in card(values)
     assert visible(values) == [False, True, False]
 
@@ -123,7 +123,7 @@ def test_a_model_that_does_not_load_leaves_the_old_one(site: Server, hub: Hub) -
     with pytest.raises(Refused, match=r"could not be loaded \(RuntimeError\)"):
         site.run("other", name="switch")
     assert site.page.generator.pipeline.name == "from own"
-    assert "In use" in card(site.run("own", name="show")[-1])
+    assert "In use" in card(site.run("own", "0", name="show")[-1])
     assert "Finished" in site.generate()[-1][1]
 
 
@@ -138,7 +138,7 @@ def test_when_no_model_is_left_everybody_is_told_and_can_choose_again(site: Serv
     news = " ".join(str(settings(value).get("value")) for value in told)
     assert "There is no model now. The model could not be loaded" in news and "being loaded" not in news
     assert "In use" not in card(told) and visible(told) == [True, False, False], "it may be mended by now"
-    assert visible(site.run("small", name="show")[-1]) == [True, False, False]
+    assert visible(site.run("small", "0", name="show")[-1]) == [True, False, False]
     generate = next(c for c in site.demo.config["components"] if c["props"].get("elem_id") == "generate")
     assert generate["props"]["interactive"] is False, "a page that comes now"
     site.run("small", name="switch")
@@ -203,9 +203,9 @@ def test_what_is_not_here_cannot_be_used(site: Server) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", ["small"], None, 3])
 def test_names_that_are_not_in_the_list_are_refused(site: Server, name: object) -> None:
-    for event in ("switch", "start_download"):
-        with pytest.raises(Refused):
-            site.run(name, name=event)
+    for event, arguments in (("switch", [name]), ("start_download", [name, "0"])):
+        with pytest.raises(Refused, match="Choose one|not in the list|no model"):
+            site.run(*arguments, name=event)
     assert site.page.ui.models.downloads.state is None
 
 
@@ -213,37 +213,37 @@ def test_a_stopped_download_goes_on(site: Server, hub: Hub) -> None:
     hub.bytes_per_second = 100_000
     downloads = site.page.ui.models.downloads
     downloads.program = [sys.executable, "-c", PROGRAM_WITH_SMALL_PIECES]
-    site.run("small", name="start_download")
+    site.run("small", "0", name="start_download")
     wait_until(lambda: hub.sent > 50_000, 60)
     with pytest.raises(Refused, match="being downloaded already"):
-        site.run("other", name="start_download")
-    stopping = site.run("small", name="stop_download")[-1]
+        site.run("other", "0", name="start_download")
+    stopping = site.run("small", "0", name="stop_download")[-1]
     assert "Stopping" in card(stopping) and visible(stopping) == [False, False, False]
     wait_until(lambda: not downloads.state.running)
     assert downloads.state.stopped and not downloads.state.error
-    assert "Partly here" in card(site.run("small", name="show")[-1])
+    assert "Partly here" in card(site.run("small", "0", name="show")[-1])
     hub.requests.clear()
-    site.run("small", name="start_download")
+    site.run("small", "0", name="start_download")
     wait_until(lambda: any(wanted for _, _, wanted in hub.requests), 60)  # it asks for the rest
     downloads.close()
 
 
 def test_what_goes_wrong_is_shown(site: Server, hub: Hub) -> None:
     hub.status = {"generator.pt": 500}
-    site.run("small", name="start_download")
+    site.run("small", "0", name="start_download")
     wait_until(lambda: not site.page.ui.models.downloads.state.running, 60)
-    assert "answered 500" in card(site.run("small", name="show")[-1])
+    assert "answered 500" in card(site.run("small", "0", name="show")[-1])
 
 
 def test_a_page_that_may_only_switch_downloads_nothing(site: Server, published: Path, tmp_path: Path) -> None:
     choices = replace(site.choices, mode="switch")
     server = Server(ScriptedPipeline(), models=choices)
     try:
-        values = server.run("small", name="show")[-1]
+        values = server.run("small", "0", name="show")[-1]
         assert visible(values) == [False, False, False] and "operator" in card(values)
         for event in ("start_download", "stop_download"):
             with pytest.raises(Refused, match="switched off"):
-                server.run("small", name=event)
+                server.run("small", "0", name=event)
     finally:
         server.close()
 

@@ -44,7 +44,9 @@ class Stage(ABC, Generic[Kind]):
         self.trainees: dict[str, Trainee] = {}
 
     def load_text(self) -> TextEncoder:
-        return load_text_encoder(self.settings.text, self.processes.device)
+        text = load_text_encoder(self.settings.text, self.processes.device)
+        text.model.to(self.processes.master_dtype)  # float64 is for comparisons, which float32 prompts would blur
+        return text
 
     @classmethod
     def check(cls, settings: Kind) -> None:

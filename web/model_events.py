@@ -24,7 +24,7 @@ def wire_models(page: Page, menu: ModelMenu) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     # In the queue, though it never waits there: the page shows no errors of events outside of it.
     aside = {**quiet, "queue": True, "concurrency_limit": None}
-    asked, drawn = [menu.choice, menu.seen], [*menu.shown, menu.seen]
+    asked, drawn = [menu.choice, menu.seen], [menu.seen, *menu.shown]
     menu.choice.change(events.show, asked, drawn, **aside)
     menu.get.click(events.start_download, asked, drawn, **aside)
     menu.end.click(events.stop_download, asked, drawn, **aside)
@@ -81,7 +81,7 @@ class _ModelEvents:
         changes = str(seen).partition(":")[0]
         try:
             action()
-            return *self._menu.show(name), gr.update(value=f"{changes}:")
+            return gr.update(value=f"{changes}:"), *self._menu.show(name)
         except SelfForcingError as error:
             raise refusal(error) from error
 
