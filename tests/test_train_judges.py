@@ -63,7 +63,11 @@ def test_sharded_networks_learn_what_plain_ones_do(
 ) -> None:
     sharded = learnt(name, world, tmp_path, **changes)
     monkeypatch.setattr(Processes, "shard", lambda self, module, **_: module.to(self.device))
-    assert_equal(learnt(name, world, tmp_path, **changes), sharded)
+    plain = learnt(name, world, tmp_path, **changes)
+    assert plain.keys() == sharded.keys()
+    # All weights together: Adam makes a whole step of a gradient that is nothing but rounding.
+    one, other = (torch.cat([values[key].flatten() for key in plain]) for values in (plain, sharded))
+    assert (one - other).norm() < 1e-6 * one.norm()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
