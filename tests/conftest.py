@@ -29,3 +29,14 @@ def shared_server() -> Iterator[Server]:
 def server(shared_server: Server) -> Server:
     shared_server.reset()
     return shared_server
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the programs that a test starts have it: sums of another order would be other numbers."""
+    import torch  # here: most tests of the page do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
