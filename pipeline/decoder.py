@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
-from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.errors import InvalidRequest
 from pipeline.taehv import TAEHV, Memory
 
 __all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_taehv", "encode_wan"]
@@ -37,11 +37,11 @@ class WanStreamDecoder:
     """The Wan VAE's decoder with a cache of its own.
 
     `AutoencoderKLWan.decode` clears one cache that all its callers share, so it can neither continue a clip
-    nor serve two. Here the layers are called directly, one latent frame at a time as in the reference.
+    nor serve two. Here the layers are called directly, one latent frame at a time as in the reference. A VAE
+    that works on pixel patches, as Wan 2.2's does, decodes to patches, which are cut apart last.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        _require_plain_pixels(vae)
         self._vae = vae
         # One slot per causal convolution; those of kernel 1 leave theirs unused.
         self._slots = _count_causal(vae.decoder)
@@ -64,7 +64,7 @@ class WanStreamDecoder:
         for latent in hidden.split(1, dim=2):
             first = starts and not parts
             parts.append(self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
-        frames = torch.cat(parts, 2).transpose(1, 2)
+        frames = unpatchify(torch.cat(parts, 2), _patch_size(self._vae)).transpose(1, 2)
         return _clamped(frames, -1, 1).add(1).div(2)
 
 
@@ -95,10 +95,10 @@ def encode_wan(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
 
     Touches no state of `vae`, so it may run while a stream decodes. Raises `InvalidRequest` for other shapes.
     """
-    _require_plain_pixels(vae)
     stride = vae.config.scale_factor_temporal
     _check_frames(frames, stride, vae.config.scale_factor_spatial)
     pixels = frames.to(device=vae.device, dtype=vae.dtype).mul(2).sub(1).transpose(1, 2)
+    pixels = patchify(pixels, _patch_size(vae))
     cache: list[Tensor | None] = [None] * _count_causal(vae.encoder)
     groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)] if frames.shape[1] > 1 else [pixels]
     hidden = torch.cat([vae.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups], 2)
@@ -128,12 +128,9 @@ def _count_causal(half: nn.Module) -> int:
     return sum(isinstance(module, WanCausalConv3d) for module in half.modules())
 
 
-def _require_plain_pixels(vae: AutoencoderKLWan) -> None:
-    if vae.config.patch_size is not None:
-        raise WeightsError(
-            f"This VAE works on pixel patches (patch_size {vae.config.patch_size}), as Wan 2.2's does; "
-            "use one without, such as Wan 2.1's."
-        )
+def _patch_size(vae: AutoencoderKLWan) -> int:
+    """Height and width in pixels of what the VAE's layers take as one; 1 where the config gives none."""
+    return vae.config.patch_size or 1
 
 
 def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ number of streams. Sizes come from the config; the defaults are the published on
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,9 @@ __all__ = ["TAEHV", "Memory"]
 
 Memory = list[Tensor | None]
 """For each `MemBlock` in order, its input for the last frame seen [B, C, h, w]; None before the first."""
+
+_RGB = 3
+"""Channels of a video frame."""
 
 
 def _conv(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -91,8 +95,9 @@ class TAEHV(ModelMixin, ConfigMixin):
         encoder_time_downscale: for each stage, in order, whether it halves the number of frames.
         blocks_per_stage: `MemBlock`s in each stage of either half.
         latent_limit: bound of the decoder's input; latents are squeezed smoothly into it.
+        patch_size: height and width of the pixel patches that the layers see as one, as in ``taew2_2``.
 
-    Every stage scales height and width by two. Source: madebyollin/taehv.
+    Every stage scales height and width by two, and the patches by `patch_size` more. Source: madebyollin/taehv.
     """
 
     @register_to_config
@@ -105,6 +110,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         encoder_time_downscale: Sequence[bool] = (True, True, False),
         blocks_per_stage: int = 3,
         latent_limit: float = 3.0,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         if len(decoder_widths) != len(decoder_time_upscale) + 1:
@@ -120,12 +126,13 @@ class TAEHV(ModelMixin, ConfigMixin):
                 f"decoder_time_upscale {tuple(decoder_time_upscale)} and "
                 f"encoder_time_downscale {tuple(encoder_time_downscale)}."
             )
-        self.spatial_scale = 2 ** len(decoder_time_upscale)
+        self.spatial_scale = patch_size * 2 ** len(decoder_time_upscale)
         """Pixels per latent cell, along height and along width."""
         self.temporal_scale = 2 ** sum(decoder_time_upscale)
         """Raw video frames per latent frame."""
 
-        encoder: list[nn.Module] = [_conv(3, encoder_width), nn.ReLU(inplace=True)]
+        colours = _RGB * patch_size**2
+        encoder: list[nn.Module] = [_conv(colours, encoder_width), nn.ReLU(inplace=True)]
         for halve in encoder_time_downscale:
             encoder += [
                 TPool(encoder_width, 2 if halve else 1),
@@ -145,7 +152,7 @@ class TAEHV(ModelMixin, ConfigMixin):
                 _conv(width, next_width, bias=False),
             ]
             width = next_width
-        self.decoder = nn.Sequential(*decoder, nn.ReLU(inplace=True), _conv(width, 3))
+        self.decoder = nn.Sequential(*decoder, nn.ReLU(inplace=True), _conv(width, colours))
 
     @classmethod
     def from_published(
@@ -201,14 +208,15 @@ class TAEHV(ModelMixin, ConfigMixin):
         frame.
         """
         self._check(latents, self.config["latent_channels"], "latents [B, F, C, h, w]")
-        return self.run(self.decoder, latents, memory)
+        patches = self.run(self.decoder, latents, memory)
+        return F.pixel_shuffle(patches, self.config["patch_size"])
 
     def encode_raw(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
         """Frames [B, T, 3, H, W] in [0, 1] -> latents [B, ceil(T / temporal_scale), C, h, w].
 
         Frames are grouped from the start, and the last one is repeated to fill its group, as upstream does.
         """
-        self._check(frames, 3, "frames [B, T, 3, H, W]")
+        self._check(frames, _RGB, "frames [B, T, 3, H, W]")
         if frames.shape[-2] % self.spatial_scale or frames.shape[-1] % self.spatial_scale:
             raise InvalidRequest(
                 f"Frames of {frames.shape[-2]}x{frames.shape[-1]} pixels cannot be encoded: height and width "
@@ -217,7 +225,7 @@ class TAEHV(ModelMixin, ConfigMixin):
         lacking = -frames.shape[1] % self.temporal_scale
         if lacking:
             frames = torch.cat([frames, frames[:, -1:].expand(-1, lacking, -1, -1, -1)], 1)
-        return self.run(self.encoder, frames, memory)
+        return self.run(self.encoder, F.pixel_unshuffle(frames, self.config["patch_size"]), memory)
 
     def _check(self, x: Tensor, channels: int, meaning: str) -> None:
         if x.ndim != 5 or x.shape[2] != channels or x.shape[1] < 1:
@@ -270,10 +278,15 @@ def _published_config(weights: Mapping[str, Tensor], stages: int) -> dict[str, o
     )
     if blocks % stages or len(pools) != stages:
         raise ValueError(f"{blocks} blocks and {len(pools)} encoder stages for {stages} stages")
+    colours = encoder[0].shape[1]
+    patch_size = math.isqrt(colours // _RGB)
+    if colours != _RGB * patch_size**2 or decoder[-1].shape[0] != colours:
+        raise ValueError(f"{colours} channels enter and {decoder[-1].shape[0]} leave: not those of square patches")
     return {
         "latent_channels": decoder[0].shape[1],
         "decoder_widths": tuple(conv.shape[0] for conv in decoder[:-1]),
         "encoder_width": encoder[0].shape[0],
         "encoder_time_downscale": tuple(halves for _, halves in pools),
         "blocks_per_stage": blocks // stages,
+        "patch_size": patch_size,
     }

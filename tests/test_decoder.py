@@ -50,6 +50,38 @@ def decoder(kind: str, vae: AutoencoderKLWan, taehv: TAEHV) -> StreamDecoder:
     return WanStreamDecoder(vae) if kind == "wan" else TaehvStreamDecoder(taehv)
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "residual"])
+def patched(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    """A VAE on pixel patches; with residual blocks too, as Wan 2.2's is."""
+    torch.manual_seed(2)
+    model = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True, False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+        is_residual=request.param,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def patched_taehv() -> TAEHV:
+    torch.manual_seed(3)
+    model = TAEHV(latent_channels=CHANNELS, decoder_widths=(12, 8, 6, 14), encoder_width=6, patch_size=2)
+    for parameter in model.decoder.parameters():
+        parameter.data *= 1.5
+    return model.eval()
+
+
 def latents(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
     return torch.randn(batch, frames, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -144,15 +176,67 @@ def test_faster_layers_change_nothing_but_rounding(vae: AutoencoderKLWan, tmp_pa
 
 
 def test_wan_equals_diffusers(vae: AutoencoderKLWan) -> None:
+    assert_equals_diffusers(vae)
+
+
+def test_wan_on_patches_equals_diffusers(patched: AutoencoderKLWan) -> None:
+    assert_equals_diffusers(patched)
+
+
+def assert_equals_diffusers(vae: AutoencoderKLWan) -> None:
     clip = latents(4)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     with torch.no_grad():
         expected = vae.decode(clip.transpose(1, 2) / (1 / std) + mean).sample.transpose(1, 2)
         assert close(WanStreamDecoder(vae).decode(clip) * 2 - 1, expected)
-        frames = torch.rand(2, 9, 3, 24, 32)
+        scale = vae.config.scale_factor_spatial
+        frames = torch.rand(2, 9, 3, 3 * scale, 4 * scale)
         mode = vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mode()
         assert close(encode_wan(vae, frames), ((mode - mean) / std).transpose(1, 2))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [2, 5]])
+def test_blocks_of_patches_equal_the_whole_clip(
+    patched: AutoencoderKLWan, patched_taehv: TAEHV, sizes: list[int]
+) -> None:
+    clip = latents(7)
+    for decoder in (WanStreamDecoder(patched), TaehvStreamDecoder(patched_taehv)):
+        whole = decoder.decode(clip)
+        assert whole.shape == (1, 25, 3, 48, 64)
+        assert whole.std() > 0.01
+        decoder.reset()
+        assert close(torch.cat([decoder.decode(part) for part in clip.split(sizes, 1)], 1), whole)
+
+
+def test_faster_layers_change_patches_only_by_rounding(patched: AutoencoderKLWan) -> None:
+    faster = copy.deepcopy(patched)
+    speed_up(faster)
+    frames = torch.rand(1, 5, 3, 48, 64)
+    assert close(WanStreamDecoder(faster).decode(latents(3)), WanStreamDecoder(patched).decode(latents(3)))
+    assert close(encode_wan(faster, frames), encode_wan(patched, frames))
+
+
+def test_frames_that_cut_a_patch_are_refused(patched: AutoencoderKLWan, patched_taehv: TAEHV) -> None:
+    frames = torch.zeros(1, 5, 3, 40, 64)  # a multiple of 8, which would do without patches
+    for encode, module in ((encode_wan, patched), (encode_taehv, patched_taehv)):
+        with pytest.raises(InvalidRequest, match="16"):
+            encode(module, frames)
+
+
+def test_taehv_on_patches_is_the_plain_one_between_two_shuffles(patched_taehv: TAEHV) -> None:
+    frames = torch.rand(2, 8, 3, 48, 64)
+    assert patched_taehv.spatial_scale == 16
+    with torch.no_grad():
+        # Each colour of a 2x2 patch in the order of rows.
+        cut = [frames[:, :, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+        patches = torch.stack(cut, 3).flatten(2, 3)
+        encoded = patched_taehv.run(patched_taehv.encoder, patches)
+        assert close(patched_taehv.encode_raw(frames), encoded)
+        decoded = patched_taehv.run(patched_taehv.decoder, encoded).unflatten(2, (3, 4))
+        pixels = patched_taehv.decode_raw(encoded)
+        for place, (y, x) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            assert torch.equal(pixels[:, :, :, y::2, x::2], decoded[:, :, :, place])
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 13])
@@ -238,12 +322,27 @@ def test_taehv_folder_round_trip(taehv: TAEHV, tmp_path: Path) -> None:
     assert torch.equal(TaehvStreamDecoder(loaded).decode(latents(3)), TaehvStreamDecoder(taehv).decode(latents(3)))
 
 
+def test_published_weights_tell_the_patch_size(patched_taehv: TAEHV) -> None:
+    weights = dict(patched_taehv.state_dict())
+    loaded = TAEHV.from_published(weights).eval()
+    assert loaded.config["patch_size"] == 2
+    whole = TaehvStreamDecoder(patched_taehv).decode(latents(2))
+    assert torch.equal(TaehvStreamDecoder(loaded).decode(latents(2)), whole)
+    end = max(int(key.split(".")[1]) for key in weights if key.startswith("decoder."))
+    for parameter in ("weight", "bias"):
+        weights[f"decoder.{end}.{parameter}"] = weights[f"decoder.{end}.{parameter}"][:3]
+    with pytest.raises(WeightsError, match="not TAEHV"):
+        TAEHV.from_published(weights)
+
+
+def test_taehv_on_patches_survives_a_folder(patched_taehv: TAEHV, tmp_path: Path) -> None:
+    patched_taehv.save_pretrained(tmp_path)
+    loaded = TAEHV.from_pretrained(tmp_path)
+    whole = TaehvStreamDecoder(patched_taehv).decode(latents(3))
+    assert torch.equal(TaehvStreamDecoder(loaded).decode(latents(3)), whole)
+
+
 def test_unsupported_configs_are_refused() -> None:
-    patched = AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12, patch_size=2
-    )
-    with pytest.raises(WeightsError, match="patch"):
-        WanStreamDecoder(patched)
     with pytest.raises(WeightsError, match="stages"):
         TAEHV(decoder_widths=(8, 8))
     with pytest.raises(WeightsError, match="alike"):

@@ -46,11 +46,14 @@ def test_motion_of_a_track_that_wraps_around() -> None:
     assert read_motion(np.full(WINDOW, np.nan), np.full(WINDOW, np.nan)).direction == "still"
 
 
-def test_space_is_not_asked_for_a_time() -> None:
-    shown = [ClipParams("space", "night", "car", "red", "up"), ClipParams("city", "day", "car", "red", "up")]
+def test_space_is_not_asked_for_time_and_weather() -> None:
+    shown = [
+        ClipParams("space", "night", "clear", "car", "red", "up"),
+        ClipParams("city", "day", "rain", "car", "red", "up"),
+    ]
     reading = WindowReading(shown[1].to_dict() | {"motion": "down"}, 1.0, np.zeros(1), np.zeros(1), 0.0)
     scores = agreement([reading, reading], shown)
-    assert scores == {"scene": 0.5, "time": 1.0, "subject": 1.0, "colour": 1.0, "motion": 0.0}
+    assert scores == {"scene": 0.5, "time": 1.0, "weather": 1.0, "subject": 1.0, "colour": 1.0, "motion": 0.0}
 
 
 def test_augmentation_keeps_shape_and_range() -> None:
@@ -79,7 +82,7 @@ def test_a_short_training_learns_and_survives_saving(tmp_path: Path) -> None:
     assert (tmp_path / "probe" / "probe.safetensors").stat().st_size < 2**20
     doubled = frames[:5].repeat(2, axis=1).repeat(2, axis=2)
     assert loaded.read(doubled).attributes == loaded.read(frames[:5]).attributes
-    assert len(loaded.read_windows(frames)) == 1
+    assert len(loaded.read_windows(frames)) == 2
     with pytest.raises(FileNotFoundError, match="training.probe"):
         AttributeProbe.load(tmp_path / "nowhere")
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from pipeline.taehv import TAEHV
 from training.data import DatasetInfo
 from training.network import build_network, save_network
-from training.pca import PatchPCA
+from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE, PatchPCA
 from training.settings import NetworkSizes
 from training.settings_file import build
 from training.stages import STAGES
@@ -31,19 +31,21 @@ SIZES = {
     "out_channels": 4,
     "text_dim": 128,
 }
-INFO = DatasetInfo(clips=12, validation=2, pixel_clips=2, channels=4, num_frames=49, height=16, width=32)
+INFO = DatasetInfo(clips=12, validation=2, pixel_clips=2, channels=4, num_frames=49, height=32, width=64)
 
 
 def make_world(folder: Path) -> Path:
     """A data set of noise with the real files, a text encoder and decoders, none of them trained."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
+    frames, _, rows, columns = INFO.latent_shape
     np.save(folder / "latents.npy", rng.standard_normal((INFO.clips, *INFO.latent_shape)).astype(np.float16))
-    np.save(folder / "masks.npy", rng.integers(0, 255, (INFO.clips, 13, 2, 4), dtype=np.uint8))
-    np.save(folder / "pixels.npy", rng.integers(0, 255, (2, 49, 16, 32, 3), dtype=np.uint8))
+    np.save(folder / "masks.npy", rng.integers(0, 255, (INFO.clips, frames, rows, columns), dtype=np.uint8))
+    np.save(folder / "pixels.npy", rng.integers(0, 255, (2, INFO.num_frames, INFO.height, INFO.width, 3), dtype=np.uint8))
     params = [sample_params(rng, split="train").to_dict() for _ in range(INFO.clips)]
     (folder / "params.json").write_text(json.dumps(params))
-    PatchPCA.fit(rng.standard_normal((900, 768)).astype(np.float32), np.ones(900, np.float32), 4).save(
+    patch = 3 * TEMPORAL_STRIDE * SPATIAL_STRIDE**2
+    PatchPCA.fit(rng.standard_normal((900, patch)).astype(np.float32), np.ones(900, np.float32), 4).save(
         folder / "pca.npz"
     )
     (folder / "dataset.json").write_text(json.dumps(asdict(INFO)))
@@ -54,10 +56,13 @@ def make_world(folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder / "text" / "tokenizer")
     statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-    AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics).half().save_pretrained(
-        folder / "vae"
+    patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": SPATIAL_STRIDE}
+    AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **patches, **statistics
+    ).half().save_pretrained(folder / "vae")
+    TAEHV(latent_channels=4, decoder_widths=(8, 8, 8, 8), encoder_width=8, patch_size=2).half().save_pretrained(
+        folder / "taehv"
     )
-    TAEHV(latent_channels=4, decoder_widths=(8, 8, 8, 8), encoder_width=8).half().save_pretrained(folder / "taehv")
     network = build_network(NetworkSizes(**SIZES))
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():  # a fresh network's output is zero: nothing before it would have a gradient
@@ -73,7 +78,7 @@ def stage_settings(name: str, world: Path, out: Path, **changes: Any) -> Any:
     values: dict[str, Any] = {
         "run": run,
         "network": {"init": str(world / "transformer")},
-        "text": {"folder": str(world / "text"), "length": 24},
+        "text": {"folder": str(world / "text"), "length": 32},
         "optimizer": dict(fast),
     }
     clips = {"folder": str(world), "frames": 6}

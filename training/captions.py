@@ -8,7 +8,7 @@ import numpy as np
 
 from training.world import ClipParams
 
-MAX_TOKENS = 24
+MAX_TOKENS = 32
 """Longest caption in tokens, the end token included."""
 
 SCENE_PHRASES: dict[str, tuple[str, ...]] = {
@@ -30,7 +30,7 @@ SCENE_PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "desert": ("in a desert", "in the desert", "over the desert", "over the sand dunes", "near a cactus"),
     "meadow": ("in a meadow", "over a meadow", "in a field", "on the grass", "in the park", "over the hills"),
-    "snow": ("in the snow", "over the snow", "in a snowy forest", "in winter", "on a snowy field"),
+    "snow": ("in the snow", "over the snow", "in a snowy forest", "in winter", "on a snowy field", "on snowy hills"),
     "space": (
         "in space",
         "in outer space",
@@ -67,29 +67,63 @@ TIME_PHRASES: dict[str, tuple[str, ...]] = {
         "under the moon",
     ),
 }
+WEATHER_PHRASES: dict[str, tuple[str, ...]] = {
+    "clear": ("in clear weather", "in fine weather", "under a clear sky", "without clouds"),
+    "rain": (
+        "in the rain",
+        "in heavy rain",
+        "while it rains",
+        "while rain falls",
+        "in rainy weather",
+        "in a rainstorm",
+        "on a rainy day",
+    ),
+    "snow": (
+        "in falling snow",
+        "while it snows",
+        "while snow falls",
+        "while snowflakes fall",
+        "in a snowstorm",
+        "in a snowfall",
+        "in a blizzard",
+    ),
+    "fog": ("in the fog", "in thick fog", "in the mist", "in foggy weather", "in a misty haze", "through the fog"),
+}
+_OF_CLEAR_SKIES = (
+    "on a sunny day",
+    "under a bright sky",
+    "in the moonlight",
+    "under the moon",
+    "under the night sky",
+    "under an orange sky",
+)
+"""Phrases of times of day that are not said in other weather, and others that are not said of other times."""
+_OF_DAYS = ("on a rainy day",)
 SUBJECT_NOUNS: dict[str, tuple[str, ...]] = {
-    "ball": ("ball", "ball", "beach ball", "sphere"),
-    "car": ("car", "car", "car", "automobile"),
-    "boat": ("boat", "boat", "sailboat", "ship"),
+    "ball": ("ball", "ball", "beach ball", "rubber ball", "sphere"),
+    "car": ("car", "car", "car", "automobile", "taxi"),
+    "boat": ("boat", "boat", "sailboat", "ship", "sailing boat"),
     "balloon": ("balloon", "balloon", "hot air balloon"),
     "rocket": ("rocket", "rocket", "spaceship", "rocket ship"),
     "star": ("star", "star", "star shape"),
+    "bird": ("bird", "bird", "little bird", "songbird"),
 }
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
-    "red": ("red", "red", "crimson"),
+    "red": ("red", "red", "crimson", "scarlet"),
     "yellow": ("yellow", "yellow", "golden"),
     "green": ("green", "green", "emerald"),
-    "blue": ("blue",),
-    "pink": ("pink",),
-    "white": ("white",),
+    "blue": ("blue", "blue", "azure"),
+    "pink": ("pink", "pink", "rosy"),
+    "white": ("white", "white", "pale white"),
 }
 VERBS: dict[str, tuple[str, ...]] = {
-    "ball": ("rolls", "rolling", "moves", "moving"),
+    "ball": ("rolls", "rolling", "bounces", "bouncing", "moves", "moving"),
     "car": ("drives", "driving", "moves", "moving"),
     "boat": ("sails", "sailing", "moves", "moving"),
     "balloon": ("floats", "floating", "drifts", "drifting", "flies", "flying"),
     "rocket": ("flies", "flying", "moves", "moving"),
-    "star": ("moves", "moving", "flies", "flying"),
+    "star": ("moves", "moving", "flies", "flying", "glides", "gliding"),
+    "bird": ("flies", "flying", "flaps", "flapping", "moves", "moving"),
 }
 MOTION_PHRASES: dict[str, tuple[str, ...]] = {
     "right": (
@@ -141,9 +175,21 @@ MOTION_PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 ARTICLES = ("a", "a", "a", "the", "one", "")
-OPENINGS = ("a video of", "video of", "an animation of", "a cartoon of", "a clip of", "we see", "there is")
+OPENINGS = (
+    "a video of",
+    "video of",
+    "an animation of",
+    "a cartoon of",
+    "a clip of",
+    "a scene with",
+    "we see",
+    "there is",
+    "look at",
+)
 _EXTRA_WORDS = ("that", "is", "and", "colored", ",")
-_KEEP = {"scene": 0.92, "time": 0.88, "subject": 1.0, "colour": 0.92, "motion": 0.92}
+_KEEP = {"scene": 0.93, "time": 0.88, "weather": 0.97, "subject": 1.0, "colour": 0.92, "motion": 0.93}
+_KEEP_CLEAR = 0.3
+"""Fine weather is seldom spoken of: a caption without weather mostly means it."""
 _TOKEN = re.compile(r"[a-z]+|,")
 
 
@@ -155,7 +201,7 @@ def words(caption: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
     found = {*OPENINGS, *ARTICLES, *_EXTRA_WORDS}
-    for table in (SCENE_PHRASES, TIME_PHRASES, SUBJECT_NOUNS, COLOUR_WORDS, VERBS, MOTION_PHRASES):
+    for table in (SCENE_PHRASES, TIME_PHRASES, WEATHER_PHRASES, SUBJECT_NOUNS, COLOUR_WORDS, VERBS, MOTION_PHRASES):
         for phrases in table.values():
             found.update(phrases)
     return sorted({word for phrase in found for word in words(phrase.replace("{verb}", ""))})
@@ -167,55 +213,75 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 def _subject_phrase(params: ClipParams, stated: dict[str, str], rng: np.random.Generator) -> str:
     article, noun = _choose(rng, ARTICLES), _choose(rng, SUBJECT_NOUNS[params.subject])
-    if "colour" not in stated:
-        return f"{article} {noun}"
     colour = _choose(rng, COLOUR_WORDS[params.colour])
+    if "colour" not in stated:
+        return f"{_fitting(article, noun)} {noun}"
     if rng.random() < 0.06:
-        return f"{article} {noun} that is {colour}"
+        return f"{_fitting(article, noun)} {noun} that is {colour}"
     if rng.random() < 0.06:
-        return f"{article} {colour} colored {noun}"
-    return f"{article} {colour} {noun}"
+        return f"{_fitting(article, colour)} {colour} colored {noun}"
+    return f"{_fitting(article, colour)} {colour} {noun}"
 
 
-def _join(subject: str, motion: str, scene: str, time: str, rng: np.random.Generator) -> str:
+def _fitting(article: str, word: str) -> str:
+    return "an" if article == "a" and word[:1] in "aeiou" else article
+
+
+def _join(subject: str, motion: str, scene: str, time: str, weather: str, rng: np.random.Generator) -> str:
     """Put the parts of a caption into one of several orders."""
+    around = [time, weather] if rng.random() < 0.5 else [weather, time]
     draw = rng.random()
-    if draw < 0.46:
-        order = [subject, motion, scene, time]
-    elif draw < 0.58:
-        order = [time and f"{time} ,", subject, motion, scene]
-    elif draw < 0.68:
-        order = [scene and f"{scene} ,", subject, motion, time]
-    elif draw < 0.78:
-        order = [_choose(rng, OPENINGS), subject, motion, scene, time]
+    if draw < 0.42:
+        order = [subject, motion, scene, *around]
+    elif draw < 0.54:
+        order = [*around, ",", subject, motion, scene]
+    elif draw < 0.62:
+        order = [scene, ",", subject, motion, *around]
+    elif draw < 0.72:
+        order = [_choose(rng, OPENINGS), subject, motion, scene, *around]
+    elif draw < 0.80:
+        order = [subject, scene, *around, ",", motion]
     elif draw < 0.86:
-        order = [subject, scene, time and f"{time} ,", motion]
+        order = [subject, scene, motion, *around]
     elif draw < 0.92:
-        order = [subject, scene, motion, time]
+        order = [weather, ",", subject, motion, scene, time]
     else:
-        shuffled = [part for part in (subject, motion, scene, time) if part.strip()]
+        shuffled = [part for part in (subject, motion, scene, time, weather) if part.strip()]
         order = [" , ".join(shuffled[int(i)] for i in rng.permutation(len(shuffled)))]
-    return " ".join(" ".join(order).split()).removesuffix(" ,").replace(" ,", ",")
+    joined = " ".join(" ".join(order).split())
+    return joined.removesuffix(" ,").removeprefix(", ").replace(" ,", ",")
+
+
+def _phrase(options: tuple[str, ...], rng: np.random.Generator, without: tuple[str, ...]) -> str:
+    """One of the options, but none of `without`."""
+    return _choose(rng, tuple(option for option in options if option not in without))
 
 
 def make_caption(params: ClipParams, rng: np.random.Generator, full: bool = False) -> tuple[str, dict[str, str]]:
     """Describe a clip.
 
     Args:
-        full: state every attribute; otherwise some are left out now and then (never the subject).
+        full: state every attribute; otherwise some are left out now and then (never the subject), and clear weather
+            mostly.
 
     Returns:
-        the caption, and the attributes it states with their values. The time of day of space is never stated.
+        the caption, and the attributes it states with their values. Time of day and weather of space are never stated.
     """
-    stated = {name: value for name, value in params.to_dict().items() if full or rng.random() < _KEEP[name]}
-    if params.scene == "space":
-        stated.pop("time", None)
+    keep = _KEEP | ({"weather": _KEEP_CLEAR} if params.weather == "clear" else {})
+    stated = {
+        name: value
+        for name, value in params.to_dict().items()
+        if params.shows(name) and (full or rng.random() < keep[name])
+    }
+    cloudy = _OF_CLEAR_SKIES if params.weather != "clear" else ()
+    dark = _OF_DAYS if params.time != "day" else ()
     while True:
         subject = _subject_phrase(params, stated, rng)
         verb = _choose(rng, VERBS[params.subject])
         motion = _choose(rng, MOTION_PHRASES[params.motion]).replace("{verb}", verb) if "motion" in stated else ""
         scene = _choose(rng, SCENE_PHRASES[params.scene]) if "scene" in stated else ""
-        time = _choose(rng, TIME_PHRASES[params.time]) if "time" in stated else ""
-        caption = _join(subject, motion, scene, time, rng)
+        time = _phrase(TIME_PHRASES[params.time], rng, cloudy) if "time" in stated else ""
+        weather = _phrase(WEATHER_PHRASES[params.weather], rng, dark) if "weather" in stated else ""
+        caption = _join(subject, motion, scene, time, weather, rng)
         if len(words(caption)) < MAX_TOKENS:
             return caption, stated

@@ -12,7 +12,8 @@ need minutes to come as far.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanResidualBlock,
     WanRMS_norm,
+    patchify,
+    unpatchify,
 )
 from torch import Tensor, nn
 
@@ -65,24 +68,34 @@ class LinearDecoder(nn.Module):
 
     Args:
         channels: of a latent.
-        widths: features at each resolution but the last, which has the three colours.
+        widths: features at each resolution.
+        outputs: channels that a last convolution makes of them: the colours of a patch of pixels.
+        join: makes pixels of the patches, [N, outputs, h, w] -> [N, 3, H, W]; its order is the codec's.
         doubles_time: for each stage, whether it makes two frames of one.
         first_group: 1 if the first frame of a sample stays single, as in the Wan VAE.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], doubles_time: Sequence[bool], first_group: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        outputs: int,
+        join: Callable[[Tensor], Tensor],
+        doubles_time: Sequence[bool],
+        first_group: int,
+    ) -> None:
         super().__init__()
+        self.join = join
         self.single_first = first_group == 1
         self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.splits = nn.ModuleList(
             nn.Conv2d(width, 2 * width, 1, bias=False) if double else nn.Identity()
-            for width, double in zip(widths, doubles_time, strict=True)
+            for width, double in zip(widths[:-1], doubles_time, strict=True)
         )
-        outputs = [*widths[1:], 3]
         self.grows = nn.ModuleList(
-            nn.Conv2d(width, after, 3, padding=1, bias=False) for width, after in zip(widths, outputs, strict=True)
+            nn.Conv2d(width, after, 3, padding=1, bias=False) for width, after in itertools.pairwise(widths)
         )
-        self.bias = nn.Parameter(torch.full((3,), 0.5))
+        self.leave = nn.Conv2d(widths[-1], outputs, 3, padding=1)
         with torch.no_grad():  # each layer begins near the identity
             self.enter.weight.mul_(0.3)
             self.enter.weight[:, :, 1, 1] += torch.eye(widths[0], channels)
@@ -93,6 +106,9 @@ class LinearDecoder(nn.Module):
             for grow in self.grows:
                 grow.weight.mul_(0.3)
                 grow.weight[:, :, 1, 1] += torch.eye(grow.out_channels, grow.in_channels)
+            self.leave.weight.mul_(0.3)
+            self.leave.weight[:, :, 1, 1] += torch.eye(outputs, widths[-1])
+            self.leave.bias.fill_(0.5)
 
     def forward(self, latents: Tensor) -> Tensor:
         batch = len(latents)
@@ -104,7 +120,7 @@ class LinearDecoder(nn.Module):
                 x = torch.cat([frames[:, :1], doubled[:, 2:]], 1) if self.single_first else doubled
                 x = x.flatten(0, 1)
             x = grow(F.interpolate(x, scale_factor=2.0))
-        return (x + self.bias.view(3, 1, 1)).unflatten(0, (batch, -1))
+        return self.join(self.leave(x)).unflatten(0, (batch, -1))
 
 
 class WanCodec:
@@ -114,6 +130,7 @@ class WanCodec:
 
     def __init__(self, module: AutoencoderKLWan) -> None:
         self.module = module
+        self._patch_size = module.config.patch_size or 1
         speed_up(module)
         for part in module.modules():
             if isinstance(part, WanResidualBlock):
@@ -122,14 +139,20 @@ class WanCodec:
                 _zero(part.proj)
 
     def linear(self) -> LinearDecoder:
-        stages = self._stages()
+        stages, outputs = self._stages(), self.module.config.out_channels
         widths = [block.upsamplers[0].dim for block in stages]
         # What a stage hands on is narrower than the next one.
         widths = [min(width, 3 * self.module.config.z_dim) for width in widths]
         for index, block in enumerate(stages[:-1]):
             widths[index + 1] = min(widths[index + 1], block.upsamplers[0].resample[1].out_channels)
+        last = min(stages[-1].upsamplers[0].resample[1].out_channels, self.module.decoder.conv_out.in_channels)
+        widths.append(min((last - 1) // 2, outputs))  # each is a pair of features, and there is one more
         doubles = [block.upsamplers[0].mode == "upsample3d" for block in stages]
-        return LinearDecoder(self.module.config.z_dim, widths, doubles, self.first_group)
+        return LinearDecoder(self.module.config.z_dim, widths, outputs, self._join, doubles, self.first_group)
+
+    def _join(self, patches: Tensor) -> Tensor:
+        """Patches [N, C, h, w] -> pixels [N, 3, H, W]."""
+        return unpatchify(patches.unsqueeze(2), self._patch_size).squeeze(2)
 
     def _stages(self) -> list[nn.Module]:
         return [block for block in self.module.decoder.up_blocks if block.upsamplers is not None]
@@ -156,19 +179,23 @@ class WanCodec:
             conv.weight[:after, :width] = grow.weight
             conv.bias[:after] = 0
             width = after
-        # The last norm divides by the length of the features. A large constant beside small colours makes it
+        # The last norm divides by the length of the features. A large constant beside small ones makes it
         # nearly constant, and silu(x) - silu(-x) = x makes the activation linear.
-        constant = 4.0
+        constant = 8.0
         conv.weight[width:] = 0
         conv.weight[width : 2 * width] = -conv.weight[:width]
         conv.bias.zero_()
         conv.bias[2 * width] = constant
         _pass_on_residual(decoder.up_blocks[-1], 2 * width + 1)
+        shortcut = decoder.up_blocks[-1].resnets[0].conv_shortcut
+        if isinstance(shortcut, WanCausalConv3d):  # what else it makes must leave the length alone
+            shortcut.weight[2 * width + 1 :] = 0
+            shortcut.bias[2 * width + 1 :] = 0
         scale = 2 * constant / decoder.conv_out.in_channels**0.5
         _zero(decoder.conv_out)
-        decoder.conv_out.weight[:, :width, -1, 1, 1] = scale * torch.eye(width)
-        decoder.conv_out.weight[:, width : 2 * width, -1, 1, 1] = -scale * torch.eye(width)
-        decoder.conv_out.bias.copy_(2 * linear.bias - 1)
+        decoder.conv_out.weight[:, :width, -1] = scale * linear.leave.weight
+        decoder.conv_out.weight[:, width : 2 * width, -1] = -scale * linear.leave.weight
+        decoder.conv_out.bias.copy_(2 * linear.leave.bias - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         decoder = self.module.decoder
@@ -180,11 +207,12 @@ class WanCodec:
             if block.upsamplers is not None:
                 x = _upsample(block.upsamplers[0], x)
         x = _causal(decoder.conv_out, F.silu(_norm(decoder.norm_out, x)))
+        x = unpatchify(x, self._patch_size)
         return x.transpose(1, 2) / 2 + 0.5
 
     def encode(self, frames: Tensor) -> Tensor:
         encoder = self.module.encoder
-        x = _causal(encoder.conv_in, frames.transpose(1, 2) * 2 - 1)
+        x = _causal(encoder.conv_in, patchify(frames.transpose(1, 2) * 2 - 1, self._patch_size))
         for layer in encoder.down_blocks:
             x = _residual(layer, x) if isinstance(layer, WanResidualBlock) else _downsample(layer, x)
         x = F.silu(_norm(encoder.norm_out, _middle(encoder.mid_block, x)))
@@ -213,9 +241,15 @@ class TaehvCodec:
 
     def linear(self) -> LinearDecoder:
         config = self.module.config
-        widths = [width // 2 for width in config["decoder_widths"][:-1]]
+        outputs = self.module.decoder[-1].out_channels
+        *widths, last = (width // 2 for width in config["decoder_widths"])
+        widths.append(min(last, outputs))
         doubles = config["decoder_time_upscale"]
-        return LinearDecoder(config["latent_channels"], widths, doubles, self.first_group)
+        return LinearDecoder(config["latent_channels"], widths, outputs, self._join, doubles, self.first_group)
+
+    def _join(self, patches: Tensor) -> Tensor:
+        """Patches [N, C, h, w] -> pixels [N, 3, H, W]."""
+        return F.pixel_shuffle(patches, self.module.config["patch_size"])
 
     @torch.no_grad()
     def begin_as(self, linear: LinearDecoder) -> None:
@@ -238,9 +272,8 @@ class TaehvCodec:
             width = grow.out_channels
         last = convs[-1]
         _zero(last)
-        last.weight[:, :width, 1, 1] = torch.eye(width)
-        last.weight[:, width : 2 * width, 1, 1] = -torch.eye(width)
-        last.bias.copy_(linear.bias)
+        last.weight[:, : 2 * width] = torch.cat([linear.leave.weight, -linear.leave.weight], 1)
+        last.bias.copy_(linear.leave.bias)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.module.decode_raw(latents)

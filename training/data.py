@@ -179,11 +179,11 @@ def measure(data: ClipDataset, clips: int = 50) -> dict[str, float | list[float]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Render and encode captioned clips of the procedural world.")
-    parser.add_argument("--clips", type=int, default=9000)
+    parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=Path("training/cache"))
-    parser.add_argument("--channels", type=int, default=16)
+    parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--validation", type=int, default=300)
-    parser.add_argument("--pixel-clips", type=int, default=2500)
+    parser.add_argument("--pixel-clips", type=int, default=600)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -33,14 +33,15 @@ from training.decoder_batches import Batch, Batches, Part, Phase
 from training.decoder_scores import measure, pictures
 from training.network import save_atomically
 from training.optim import Muon, WeightAverage
+from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from training.sheets import save_sheet
 
 logger = logging.getLogger(__name__)
 
 
 PHASES = (
-    Phase("linear", 0.03, samples=8, latents=3, crop=(4, 7)),
-    Phase("decoder", 0.42, samples=6, latents=3, crop=(4, 7)),
+    Phase("linear", 0.05, samples=4, latents=3, crop=(4, 7)),
+    Phase("decoder", 0.40, samples=3, latents=3, crop=(4, 7)),
     Phase("decoder", 0.43, samples=2, latents=4),
     Phase("encoder", 0.12, samples=6, latents=3, crop=(4, 7)),
 )
@@ -251,19 +252,38 @@ class Trainer:
 
 
 def build(kind: str, channels: int) -> Codec:
-    """A fresh codec of the embedded model's size."""
+    """A fresh codec of the embedded model's size, with the strides of its latents.
+
+    The last stage is where the time goes: it has the most pixels, and is kept narrow for that. Frames are doubled
+    late, so that the stages before work on fewer of them.
+    """
+    stages = 3
+    patch_size = SPATIAL_STRIDE // 2**stages
     if kind == "taehv":
         return TaehvCodec(
-            TAEHV(latent_channels=channels, decoder_widths=(64, 32, 16, 16), encoder_width=16, latent_limit=9.0)
+            TAEHV(
+                latent_channels=channels,
+                decoder_widths=(128, 96, 48, 32),
+                encoder_width=32,
+                latent_limit=9.0,
+                patch_size=patch_size,
+            )
         )
+    colours = 3 * patch_size**2
     vae = AutoencoderKLWan(
         base_dim=8,
         decoder_base_dim=16,
         z_dim=channels,
-        dim_mult=[1, 2, 2, 2],
+        dim_mult=[1, 2, 6, 6],
         num_res_blocks=1,
+        temperal_downsample=[True, True, False],
         latents_mean=[0.0] * channels,
         latents_std=[1.0] * channels,
+        in_channels=colours,
+        out_channels=colours,
+        patch_size=patch_size if patch_size > 1 else None,
+        scale_factor_temporal=TEMPORAL_STRIDE,
+        scale_factor_spatial=SPATIAL_STRIDE,
     )
     return WanCodec(vae)
 

@@ -1,7 +1,7 @@
-"""The latent space of the embedded model: a principal component analysis of patches of 8x8 pixels x 4 frames.
+"""The latent space of the embedded model: a principal component analysis of patches of 16x16 pixels x 4 frames.
 
 Latents need no trained encoder this way: encoding is one matrix product, and decoders are trained to invert it. The
-strides are those of the Wan autoencoder, and so is the first latent frame: it holds the first video frame alone.
+strides are those of Wan 2.2's autoencoder, and so is the first latent frame: it holds the first video frame alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 Array = np.ndarray
-SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
+SPATIAL_STRIDE, TEMPORAL_STRIDE = 16, 4
 
 
 def group_frames(frames: Array) -> Array:
@@ -29,7 +29,7 @@ def group_frames(frames: Array) -> Array:
 
 
 def to_patches(frames: Array) -> Array:
-    """uint8 or 0..1 float frames [T, H, W, 3] -> patches [F, H/8 * W/8, 768] in -1..1, in the order time, y, x, rgb."""
+    """uint8 or 0..1 float frames [T, H, W, 3] -> patches [F, H/16 * W/16, P] in -1..1, in the order time, y, x, rgb."""
     values = frames.astype(np.float32) / (127.5 if frames.dtype == np.uint8 else 0.5) - 1.0
     groups = group_frames(values)
     count, _, height, width, _ = groups.shape
@@ -46,7 +46,7 @@ def from_patches(patches: Array, height: int, width: int) -> Array:
 
 
 def mask_patches(mask: Array) -> Array:
-    """Subject mask [T, H, W] in 0..1 -> its mean over each latent patch, [F, H/8, W/8]."""
+    """Subject mask [T, H, W] in 0..1 -> its mean over each latent patch, [F, H/16, W/16]."""
     count, height, width = mask.shape
     s = SPATIAL_STRIDE
     cells = mask.reshape(count, height // s, s, width // s, s).mean(axis=(2, 4))
@@ -58,8 +58,8 @@ class PatchPCA:
     """Linear encoder and decoder between frames and latents.
 
     Attributes:
-        mean: [768], the mean patch.
-        components: [C, 768], orthonormal rows.
+        mean: [P], the mean patch.
+        components: [C, P], orthonormal rows.
         scale: [C], factor of each latent channel.
     """
 
@@ -73,7 +73,7 @@ class PatchPCA:
 
     @classmethod
     def fit(cls, patches: Array, weights: Array, channels: int) -> PatchPCA:
-        """Fit to patches [N, 768], each counted with its weight [N].
+        """Fit to patches [N, P], each counted with its weight [N].
 
         Latents are whitened and then multiplied by the root of their standard deviation: strong components, which hold
         the layout, carry more of a training loss than weak ones, which hold texture. Their mean variance is one.
@@ -92,14 +92,14 @@ class PatchPCA:
         return cls(mean, components, (scale / np.sqrt(variance)).astype(np.float32))
 
     def encode(self, frames: Array) -> Array:
-        """Frames [T, H, W, 3], uint8 or float in 0..1 -> latents float32 [F, C, H/8, W/8]."""
+        """Frames [T, H, W, 3], uint8 or float in 0..1 -> latents float32 [F, C, H/16, W/16]."""
         _, height, width, _ = frames.shape
         latents = ((to_patches(frames) - self.mean) @ self.components.T) * self.scale
         shape = (len(latents), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE, self.channels)
         return latents.reshape(shape).transpose(0, 3, 1, 2)
 
     def decode(self, latents: Array) -> Array:
-        """Latents [F, C, h, w] -> frames float32 [T, 8h, 8w, 3] clipped to 0..1."""
+        """Latents [F, C, h, w] -> frames float32 [T, 16h, 16w, 3] clipped to 0..1."""
         count, channels, h, w = latents.shape
         flat = latents.astype(np.float32).transpose(0, 2, 3, 1).reshape(count, h * w, channels)
         patches = (flat / self.scale) @ self.components + self.mean

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.data import ClipDataset
-from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from training.pca import TEMPORAL_STRIDE
 from training.tracking import follow, read_motion
 from training.world import ATTRIBUTES, HEIGHT, WIDTH, ClipParams, render, sample_params
 
@@ -31,25 +31,30 @@ Array = np.ndarray
 
 WINDOW = 33
 """Frames of a window: what nine latent frames decode to at the start of a video."""
-READ = ("scene", "time", "subject", "colour")
+READ = ("scene", "time", "weather", "subject", "colour")
 """Attributes read by the network; motion comes from the track."""
 _OF_SUBJECT = ("subject", "colour")
 _HELD_OUT_SEED = 9_000_000
 _PERMUTED_SHARE, _DECODED_SHARE, _LATENT_NOISE = 0.3, 0.3, 0.3
+_BLOTCH = 8
+"""Size of the blotches that augmentation adds, in pixels."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Sizes of the network. Frames of another size are resized to `height` x `width` first."""
+    """Sizes of the network. Frames of another size are resized to `height` x `width` first.
 
-    height: int = HEIGHT
-    width: int = WIDTH
+    Half the world's size tells everything apart that a prompt can ask for.
+    """
+
+    height: int = HEIGHT // 2
+    width: int = WIDTH // 2
     stem: int = 40
     channels: int = 64
     blocks: int = 3
     hidden: int = 96
     visible_cells: float = 1.0
-    """Area of the subject, in cells of 8x8 pixels, from which on a frame counts as showing it."""
+    """Area of the subject, in cells of the last layer, from which on a frame counts as showing it."""
 
 
 @dataclass
@@ -144,7 +149,7 @@ class AttributeProbe(nn.Module):
         """uint8 [T, H, W, 3] -> float [T, 3, height, width] in 0..1."""
         pixels = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 255
         size = (self.config.height, self.config.width)
-        return pixels if pixels.shape[-2:] == size else functional.interpolate(pixels, size, mode="area")
+        return resized(pixels, size)
 
     @torch.no_grad()
     def read(self, frames: Array) -> WindowReading:
@@ -170,6 +175,11 @@ class AttributeProbe(nn.Module):
         return [self.read(frames[start : start + window]) for start in starts]
 
 
+def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Frames [N, 3, H, W] at another height and width."""
+    return frames if frames.shape[-2:] == size else functional.interpolate(frames, size, mode="area")
+
+
 def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
     """Make real frames [N, 3, H, W] look a little like generated ones: soft, noisy, slightly off in colour."""
 
@@ -184,7 +194,7 @@ def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
     softer = functional.avg_pool2d(soft, 3, stride=1, padding=1, count_include_pad=False)
     kind = uniform(n, 1, 1, 1)
     frames = torch.where(kind < 0.3, soft, torch.where(kind < 0.5, softer, frames))
-    blotches = normal(n, 3, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    blotches = normal(n, 3, height // _BLOTCH, width // _BLOTCH)
     blotches = functional.interpolate(blotches, (height, width), mode="bilinear")
     frames = frames * (1 + 0.08 * (2 * uniform(n, 3, 1, 1) - 1)) + 0.04 * (2 * uniform(n, 3, 1, 1) - 1)
     frames = frames + 0.06 * uniform(n, 1, 1, 1) * blotches + 0.06 * uniform(n, 1, 1, 1) * normal(*frames.shape)
@@ -203,8 +213,8 @@ class _Batch:
 class _FrameSampler:
     """Random frames of the training clips: most as rendered, some decoded linearly from latents with noise on them."""
 
-    def __init__(self, data: ClipDataset, seed: int) -> None:
-        self.data, self.rng = data, np.random.default_rng(seed)
+    def __init__(self, data: ClipDataset, seed: int, size: tuple[int, int]) -> None:
+        self.data, self.rng, self.size = data, np.random.default_rng(seed), size
         self.classes = {n: np.array([ATTRIBUTES[n].index(getattr(p, n)) for p in data.params]) for n in READ}
 
     def draw(self, size: int) -> _Batch:
@@ -222,7 +232,8 @@ class _FrameSampler:
         frames = np.concatenate([frames, np.stack(stored).astype(np.float32) / 255])
         masks = np.stack([self.data.masks[c, g] for c, g in zip(clips, groups, strict=True)])
         classes = {name: torch.from_numpy(values[clips]) for name, values in self.classes.items()}
-        return _Batch(torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(masks).float() / 255, classes)
+        pixels = resized(torch.from_numpy(frames).permute(0, 3, 1, 2), self.size)
+        return _Batch(pixels, torch.from_numpy(masks).float() / 255, classes)
 
     def _decoded(self, clips: Array, groups: Array, times: Array) -> Array:
         latents = np.stack([self.data.latents[c, g] for c, g in zip(clips, groups, strict=True)]).astype(np.float32)
@@ -264,7 +275,7 @@ def train(
     probe = AttributeProbe()
     optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.02)
     started = time.process_time()
-    sampler = _FrameSampler(data, seed)
+    sampler = _FrameSampler(data, seed, (probe.config.height, probe.config.width))
     for step in range(max_steps):
         done = max(step / max_steps, (time.process_time() - started) / seconds)
         if done >= 1:
@@ -282,14 +293,10 @@ def train(
 
 
 def agreement(readings: list[WindowReading], shown: list[ClipParams]) -> dict[str, float]:
-    """Share of readings that name what was asked for. Space has no time of day and is not asked for one."""
+    """Share of readings that name what was asked for. Space is not asked for its time of day or weather."""
     scores = {}
     for name in ATTRIBUTES:
-        pairs = [
-            (r.attributes[name], getattr(p, name))
-            for r, p in zip(readings, shown, strict=True)
-            if not (name == "time" and p.scene == "space")
-        ]
+        pairs = [(r.attributes[name], getattr(p, name)) for r, p in zip(readings, shown, strict=True) if p.shows(name)]
         scores[name] = float(np.mean([a == b for a, b in pairs])) if pairs else float("nan")
     return scores
 

@@ -1,7 +1,7 @@
-"""Backgrounds of the procedural world: a few fixed layouts for each scene and time of day, one slow thing that moves.
+"""Backgrounds of the procedural world: a few fixed layouts for each scene, time and sky, and slow things that move.
 
-Coordinates are in frame heights: y runs 0..1 downwards, x runs 0..width/height. There is no fine detail on purpose:
-what an eight-pixel latent cannot hold only adds noise to the training of a small model.
+Coordinates are in frame heights: y runs 0..1 downwards, x runs 0..width/height. There is little fine detail on purpose:
+what a latent cannot hold only adds noise to the training of a small model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from training.shapes import Array, box, circle, convex, coverage, ellipse
+from training.weather import veil
 
 SCENES = ("ocean", "mountains", "city", "desert", "meadow", "snow", "space")
 TIMES = ("day", "sunset", "night")
@@ -58,12 +59,14 @@ class _Canvas:
         self.fill(convex(self.x, self.y, [(cx - half, base), (cx, base - height), (cx + half, base)]), colour)
 
 
-def _sky(c: _Canvas, scene: str, time: str, rng: np.random.Generator) -> float:
-    """Sky with sun or moon; returns where the light stands (x, in heights)."""
+def _sky(c: _Canvas, scene: str, time: str, rng: np.random.Generator, clear: bool) -> float:
+    """Sky, with sun or moon if it is clear; returns where the light stands (x, in heights)."""
     horizon = _HORIZON[scene]
     top, bottom = (np.array(v, np.float32) for v in _SKY[time])
     c.image[:] = top + np.clip(c.y / horizon, 0, 1)[..., None] * (bottom - top)
     light = float(rng.uniform(0.25, c.aspect - 0.25))
+    if not clear:
+        return light
     if time == "night":
         height = rng.uniform(0.14, 0.20)
         disc = circle(c.x, c.y, light, height, 0.095)
@@ -114,8 +117,11 @@ def _city(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None
             box(c.x, c.y, left + width / 2, middle, width / 2 - 0.01, height / 2),
             (grey, grey * 0.97, grey * 1.10),
         )
-        for share in (0.3, 0.7):
-            c.glow(box(c.x, c.y, left + width * share, middle, 0.024, height / 2 - 0.06, 0.01), windows, 0.7)
+        rows = max(2, round(height / 0.125))
+        for row in range(rows):
+            for share in (0.28, 0.72):
+                y = 0.84 - height * (row + 0.55) / rows
+                c.glow(box(c.x, c.y, left + width * share, y, 0.032, 0.026, 0.006), windows, 0.75)
         left += width
     c.fill(0.84 - c.y, (0.33, 0.33, 0.37))
     c.fill(np.abs(c.y - 0.925) - 0.012, (0.96, 0.92, 0.70))
@@ -186,30 +192,33 @@ _LAND = {
 }
 
 
-@lru_cache(maxsize=256)
-def layout(scene: str, time: str, variant: int, height: int, width: int) -> Array:
+@lru_cache(maxsize=512)
+def layout(scene: str, time: str, weather: str, variant: int, height: int, width: int) -> Array:
     """The still part of a background, float32 [height, width, 3] in 0..1 (shared and read-only)."""
     rng = np.random.default_rng([SCENES.index(scene), TIMES.index(time), variant])
     canvas = _Canvas(height, width, time)
     if scene == "space":
         _space(canvas, rng)
     else:
-        _LAND[scene](canvas, time, rng, _sky(canvas, scene, time, rng))
+        _LAND[scene](canvas, time, rng, _sky(canvas, scene, time, rng, weather == "clear"))
+        veil(canvas.image, weather, time)
     canvas.image.setflags(write=False)
     return canvas.image
 
 
-def background(scene: str, time: str, rng: np.random.Generator, num_frames: int, height: int, width: int) -> Array:
+def background(
+    scene: str, time: str, weather: str, rng: np.random.Generator, num_frames: int, height: int, width: int
+) -> Array:
     """Background of a clip, float32 [num_frames, height, width, 3], about 0..1.
 
     `rng` picks one of `LAYOUTS` layouts and where the cloud or the waves start.
     """
-    still = layout(scene, time, int(rng.integers(LAYOUTS)), height, width)
+    still = layout(scene, time, weather, int(rng.integers(LAYOUTS)), height, width)
     start = float(rng.random())
     frames = np.repeat(still[None], num_frames, axis=0)
     if scene == "ocean":
         _add_waves(frames, time, start)
-    elif scene != "space" and time != "night":
+    elif scene != "space" and time != "night" and weather == "clear":
         _add_cloud(frames, time, start)
     return frames
 

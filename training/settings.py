@@ -46,6 +46,8 @@ class RunSettings:
     """What networks compute in. Weights and optimisers stay in float32 (float64 for float64)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the blocks of networks that learn: minutes once, then about a fifth less time a step on a CPU."""
     cpu_offload: bool = False
     """Keep weights and optimiser states in the main memory between uses."""
     checkpoint_every: int = 100

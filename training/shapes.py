@@ -22,9 +22,9 @@ def circle(x: Array, y: Array, cx: float | Array, cy: float | Array, radius: flo
     return np.sqrt((x - cx) ** 2 + (y - cy) ** 2) - radius
 
 
-def ellipse(x: Array, y: Array, cx: float | Array, cy: float | Array, rx: float, ry: float) -> Array:
+def ellipse(x: Array, y: Array, cx: float | Array, cy: float | Array, rx: float, ry: float | Array) -> Array:
     """Approximate: exact on the border, distances scaled by the shorter radius elsewhere."""
-    return (np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) - 1.0) * min(rx, ry)
+    return (np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) - 1.0) * np.minimum(np.float32(rx), ry)
 
 
 def box(x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float, corner: float = 0.0) -> Array:

@@ -79,6 +79,10 @@ class Stage(ABC, Generic[Kind]):
         network = load_network(source, self.processes.master_dtype, run.seed).requires_grad_(True).train()
         if run.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if run.compile:
+            # The forward itself, not the call: sharding hooks itself onto the call.
+            for block in network.blocks:
+                block.forward = torch.compile(block.forward, dynamic=False)
         self.trainees[name] = Trainee(self.processes.shard(network), optimizer, run.steps)
         return network
 

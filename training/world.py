@@ -1,4 +1,4 @@
-"""A small procedural world of captioned videos: scene x time x subject x colour x motion.
+"""A small procedural world of captioned videos: scene x time x weather x subject x colour x motion.
 
 It is the training set of the embedded model, and its ground truth when that model is judged. Everything is a pure
 function of the parameters and a seed. Lengths are in frame heights, speeds in frame heights per frame.
@@ -14,34 +14,43 @@ import numpy as np
 
 from training.scenery import SCENES, TIMES, background
 from training.shapes import Array
-from training.sprites import COLOURS, EXTENT, SUBJECTS, draw_sprite
+from training.sprites import COLOURS, CYCLE, EXTENT, SUBJECTS, draw_sprite
+from training.weather import WEATHERS, add_weather
 
 MOTIONS = ("right", "left", "up", "down", "still")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "scene": SCENES,
     "time": TIMES,
+    "weather": WEATHERS,
     "subject": SUBJECTS,
     "colour": COLOURS,
     "motion": MOTIONS,
 }
-HEIGHT, WIDTH, NUM_FRAMES, FPS = 64, 112, 49, 16
+HEIGHT, WIDTH, NUM_FRAMES, FPS = 128, 224, 73, 16
+IN_SPACE = {"time": "night", "weather": "clear"}
+"""Space has no time of day and no weather: these stand for it there, and captions say nothing of them."""
 
 _RADIUS, _RADIUS_SPREAD = 0.25, 0.06
-_SPEED_SIDEWAYS, _SPEED_VERTICAL, _SPEED_SPREAD = 0.014, 0.0087, 0.1
-_WRAP_SHARE = 0.4
-_WRAP_STARTS_VISIBLE = 0.7
-_ROLL = 0.05
+_SPEED_SIDEWAYS, _SPEED_VERTICAL, _SPEED_SPREAD = 0.014, 0.0095, 0.1
+_STARTS_INSIDE, _INSIDE_FRAMES = 0.75, 24
+"""Share of the clips in which the subject begins well inside the frame, and how long it stays there at least."""
+_ROLL, _HOP, _HOP_FRAMES = 0.05, 0.15, 16
+_ROCK, _ROCK_FRAMES = {"boat": 0.10, "balloon": 0.07, "star": 0.16}, 32
+"""How far a subject rocks, in radians, and how long once takes."""
 _GROUND, _BELOW_CENTRE = 0.90, {"car": 0.72, "ball": 0.88, "boat": 0.70}
-_FACING = ("car", "boat")
+_FACING = ("car", "boat", "bird")
+_HEADING = {"right": 0.5 * np.pi, "left": -0.5 * np.pi, "up": 0.0, "down": np.pi, "still": 0.0}
+"""Where a rocket points, from upright, clockwise."""
 _HELD_OUT_COMBINATIONS, _HELD_OUT_TRIPLES = 0.07, 0.03
 
 
 @dataclass(frozen=True)
 class ClipParams:
-    """What a clip shows. Space knows no time of day: there `time` is always "night"."""
+    """What a clip shows. In space `time` and `weather` are those of `IN_SPACE`."""
 
     scene: str
     time: str
+    weather: str
     subject: str
     colour: str
     motion: str
@@ -50,27 +59,37 @@ class ClipParams:
         for name, values in ATTRIBUTES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
-        if self.scene == "space" and self.time != "night":
-            raise ValueError(f"space has no time of day: use time 'night', not {self.time!r}")
+        for name, value in IN_SPACE.items() if self.scene == "space" else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"space has no {name} of its own: use {value!r}, not {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
 
+    def shows(self, name: str) -> bool:
+        """Whether an attribute means anything here."""
+        return self.scene != "space" or name not in IN_SPACE
+
 
 class Track(NamedTuple):
-    """Where the subject's centre is: `x`, `y` [T] in frame heights (possibly outside the frame), and its radius."""
+    """Where the subject's centre is: `x`, `y` [T] in frame heights (possibly outside the frame), and its radius.
+
+    `turn` [T] is the angle by which all of it is turned, clockwise.
+    """
 
     x: Array
     y: Array
     radius: float
+    turn: Array
 
 
 def all_params() -> list[ClipParams]:
     """Every combination of attributes the world can show."""
     return [
-        ClipParams(scene, time, subject, colour, motion)
+        ClipParams(scene, time, weather, subject, colour, motion)
         for scene in SCENES
-        for time in (("night",) if scene == "space" else TIMES)
+        for time in ((IN_SPACE["time"],) if scene == "space" else TIMES)
+        for weather in ((IN_SPACE["weather"],) if scene == "space" else WEATHERS)
         for subject in SUBJECTS
         for colour in COLOURS
         for motion in MOTIONS
@@ -99,31 +118,27 @@ def sample_params(rng: np.random.Generator, split: Literal["train", "held_out", 
     while True:
         values = {name: options[int(rng.integers(len(options)))] for name, options in ATTRIBUTES.items()}
         if values["scene"] == "space":
-            values["time"] = "night"
+            values |= IN_SPACE
         params = ClipParams(**values)
         if split == "any" or held_out(params) == (split == "held_out"):
             return params
 
 
-def _axis(rng: np.random.Generator, length: float, radius: float, speed: float, steps: Array, wraps: bool) -> Array:
-    """Positions [T] along one axis of `length`, for a subject that moves in the direction of `speed`.
-
-    It stays inside the frame, or leaves on one side and comes back on the other.
-    """
-    low, high = 0.9 * radius, length - 0.9 * radius
-    distance = abs(speed) * len(steps)
-    if wraps or high - low < distance:
-        margin = EXTENT * radius
-        start = rng.uniform(0, length) if rng.random() < _WRAP_STARTS_VISIBLE else rng.uniform(-margin, length + margin)
-        return (start + margin + speed * steps) % (length + 2 * margin) - margin
-    start = rng.uniform(low, high - distance)
-    return start + speed * steps if speed > 0 else low + high - start + speed * steps
+def _axis(rng: np.random.Generator, length: float, radius: float, speed: float, steps: Array) -> Array:
+    """Positions [T] along one axis of `length`: it leaves on one side and comes back on the other, for ever."""
+    margin = EXTENT * radius
+    start = rng.uniform(-margin, length + margin)
+    if rng.random() < _STARTS_INSIDE:
+        room = length - 1.8 * radius - abs(speed) * _INSIDE_FRAMES
+        start = 0.9 * radius + rng.uniform(0, 1) * max(room, 0.0)
+        start = start if speed > 0 else length - start
+    return (start + margin + speed * steps) % (length + 2 * margin) - margin
 
 
 def _track(params: ClipParams, rng: np.random.Generator, num_frames: int, aspect: float) -> Track:
     radius = _RADIUS * rng.uniform(1 - _RADIUS_SPREAD, 1 + _RADIUS_SPREAD)
     pace = rng.uniform(1 - _SPEED_SPREAD, 1 + _SPEED_SPREAD)
-    wraps = bool(rng.random() < _WRAP_SHARE)
+    phase = rng.uniform(0, 2 * np.pi)
     steps = np.arange(num_frames, dtype=np.float32)
     on_ground = params.subject in _BELOW_CENTRE
     if on_ground:
@@ -132,15 +147,21 @@ def _track(params: ClipParams, rng: np.random.Generator, num_frames: int, aspect
         rest = rng.uniform(0.38, 0.50)
     x = np.full(num_frames, rng.uniform(0.4, aspect - 0.4), np.float32)
     y = np.full(num_frames, rest, np.float32)
-    if params.motion in ("right", "left"):
+    sideways = params.motion in ("right", "left")
+    if sideways:
         direction = 1 if params.motion == "right" else -1
-        x = _axis(rng, aspect, radius, direction * pace * _SPEED_SIDEWAYS, steps, wraps)
+        x = _axis(rng, aspect, radius, direction * pace * _SPEED_SIDEWAYS, steps)
+        if params.subject == "ball":
+            y = y - _HOP * np.abs(np.sin(np.pi * steps / _HOP_FRAMES + phase))
     elif params.motion in ("up", "down"):
         direction = 1 if params.motion == "down" else -1
-        y = _axis(rng, 1.0, radius, direction * pace * _SPEED_VERTICAL, steps, wraps)
+        y = _axis(rng, 1.0, radius, direction * pace * _SPEED_VERTICAL, steps)
     elif not on_ground:
-        y = y + 0.008 * np.sin(0.2 * steps + rng.uniform(0, 6.28))
-    return Track(x.astype(np.float32), y.astype(np.float32), float(radius))
+        y = y + 0.008 * np.sin(0.2 * steps + phase)
+    turn = _ROCK.get(params.subject, 0.0) * np.sin(2 * np.pi * steps / _ROCK_FRAMES + phase)
+    if params.subject == "rocket":
+        turn = np.full(num_frames, _HEADING[params.motion])
+    return Track(x.astype(np.float32), y.astype(np.float32), float(radius), turn.astype(np.float32))
 
 
 def render(
@@ -152,7 +173,7 @@ def render(
         frames float32 [T, H, W, 3] in 0..1, subject mask float32 [T, H, W] in 0..1, and the subject's track.
     """
     rng = np.random.default_rng(seed)
-    frames = background(params.scene, params.time, rng, num_frames, height, width)
+    frames = background(params.scene, params.time, params.weather, rng, num_frames, height, width)
     mask = np.zeros((num_frames, height, width), np.float32)
     track = _track(params, rng, num_frames, width / height)
 
@@ -162,13 +183,23 @@ def render(
     left = np.floor(track.x * height - side / 2).astype(int)
     top = np.floor(track.y * height - side / 2).astype(int)
     grid = np.arange(side, dtype=np.float32) + 0.5
+    across = ((grid + (left - track.x * height)[:, None]) / scale).astype(np.float32)[:, None, :]
+    down = ((grid + (top - track.y * height)[:, None]) / scale).astype(np.float32)[:, :, None]
+    cos, sin = np.cos(track.turn)[:, None, None], np.sin(track.turn)[:, None, None]
     mirror = -1.0 if params.motion == "left" and params.subject in _FACING else 1.0
-    u = (mirror * (grid + (left - track.x * height)[:, None]) / scale).astype(np.float32)[:, None, :]
-    v = ((grid + (top - track.y * height)[:, None]) / scale).astype(np.float32)[:, :, None]
-    u, v = np.broadcast_to(u, (num_frames, side, side)), np.broadcast_to(v, (num_frames, side, side))
+    steps = np.arange(num_frames, dtype=np.float32)[:, None, None]
     rolling = {"right": _ROLL, "left": -_ROLL}.get(params.motion, 0.0)
-    roll = (0.6 + rolling * np.arange(num_frames, dtype=np.float32))[:, None, None]
-    sprite = draw_sprite(params.subject, params.colour, params.time, u, v, 1.2 / scale, roll)
+    sprite = draw_sprite(
+        params.subject,
+        params.colour,
+        params.time,
+        mirror * (across * cos + down * sin),
+        down * cos - across * sin,
+        softness=1.2 / scale,
+        turn=0.6 + rolling * steps,
+        phase=steps % CYCLE,
+        moves=params.motion != "still",
+    )
 
     for t in range(num_frames):
         y0, y1 = max(top[t], 0), min(top[t] + side, height)
@@ -179,4 +210,5 @@ def render(
         alpha = sprite.alpha[inner]
         frames[t, y0:y1, x0:x1] = frames[t, y0:y1, x0:x1] * (1 - alpha[..., None]) + sprite.rgb[inner]
         mask[t, y0:y1, x0:x1] = alpha
+    add_weather(frames, params.weather, params.time)
     return np.clip(frames, 0.0, 1.0, out=frames), mask, track
