@@ -236,7 +236,8 @@ def test_no_long_prompts_no_drift(probe: AttributeProbe) -> None:
 
 def test_decoder_psnr_prefers_the_true_decoder() -> None:
     frames = next(held_out_clips(1))[1]
-    patches = to_patches(frames).reshape(-1, 768)
+    patches = to_patches(frames)
+    patches = patches.reshape(-1, patches.shape[-1])
     pca = PatchPCA.fit(patches, np.ones(len(patches), np.float32), 16)
     scores = decoder_psnr(
         {"linear": pca.decode, "grey": lambda latents: np.full(frames.shape, 0.5, np.float32)}, pca.encode, [frames] * 2

@@ -28,7 +28,7 @@ def test_python_snippet_runs() -> None:
     result = run("-c", snippet)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert lines[0] == "0 (9, 64, 112, 3)" and lines[-1] == "(81, 64, 112, 3) 16.0 7"
+    assert lines[0] == "0 (9, 128, 224, 3)" and lines[-1] == "(81, 128, 224, 3) 16.0 7"
 
 
 def test_example_writes_a_video(tmp_path: Path) -> None:

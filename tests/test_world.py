@@ -272,6 +272,10 @@ def test_data_set_is_whole_or_does_not_open(tmp_path: Path) -> None:
     assert np.allclose(data.latents[1], data.pca.encode(data.pixels[1]), atol=2e-2)
     assert not any(held_out(params) for params in data.params)
     assert json.loads((tmp_path / "dataset.json").read_text())["clips"] == 6
+    other = PatchPCA(data.pca.mean, data.pca.components[::-1].copy(), data.pca.scale)
+    again = build(tmp_path / "other", DatasetInfo(clips=2, validation=1, pixel_clips=1, channels=8), 1, pca=other)
+    assert np.array_equal(again.pca.components, other.components)
+    assert np.allclose(again.latents[1], other.encode(training_clip(100_001)[1]), atol=2e-2)
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(FileNotFoundError):
         ClipDataset(tmp_path)

@@ -41,7 +41,9 @@ def make_world(folder: Path) -> Path:
     frames, _, rows, columns = INFO.latent_shape
     np.save(folder / "latents.npy", rng.standard_normal((INFO.clips, *INFO.latent_shape)).astype(np.float16))
     np.save(folder / "masks.npy", rng.integers(0, 255, (INFO.clips, frames, rows, columns), dtype=np.uint8))
-    np.save(folder / "pixels.npy", rng.integers(0, 255, (2, INFO.num_frames, INFO.height, INFO.width, 3), dtype=np.uint8))
+    np.save(
+        folder / "pixels.npy", rng.integers(0, 255, (2, INFO.num_frames, INFO.height, INFO.width, 3), dtype=np.uint8)
+    )
     params = [sample_params(rng, split="train").to_dict() for _ in range(INFO.clips)]
     (folder / "params.json").write_text(json.dumps(params))
     patch = 3 * TEMPORAL_STRIDE * SPATIAL_STRIDE**2

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE, PatchPCA, mask_patches, psnr, to_patches
+from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE, PatchPCA, mask_patches, psnr, read_pca, to_patches
 from training.world import FPS, HEIGHT, NUM_FRAMES, WIDTH, ClipParams, render, sample_params
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,18 @@ def _fill(clips: range, folder: Path, pca: PatchPCA, pixel_clips: int) -> list[d
     return shown
 
 
-def build(folder: Path, info: DatasetInfo, processes: int = 2, fit_clips: int = _FIT_CLIPS) -> ClipDataset:
-    """Render a data set. A folder without the marker, left by a run that was killed, is written anew."""
+def build(
+    folder: Path,
+    info: DatasetInfo,
+    processes: int = 2,
+    fit_clips: int = _FIT_CLIPS,
+    pca: PatchPCA | None = None,
+) -> ClipDataset:
+    """Render a data set. A folder without the marker, left by a run that was killed, is written anew.
+
+    Args:
+        pca: the latent space to encode into; None: fit one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARKER).unlink(missing_ok=True)
     frames, channels, h, w = info.latent_shape
@@ -137,8 +147,9 @@ def build(folder: Path, info: DatasetInfo, processes: int = 2, fit_clips: int = 
             file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when a worker starts
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pca = fit_pca(pool, info.channels, fit_clips)
-        logger.info("fitted the latent space")
+        if pca is None:
+            pca = fit_pca(pool, info.channels, fit_clips)
+            logger.info("fitted the latent space")
         size = 100
         ranges = [range(start, min(start + size, info.clips)) for start in range(0, info.clips, size)]
         work = partial(_fill, folder=folder, pca=pca, pixel_clips=info.pixel_clips)
@@ -182,19 +193,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=Path("training/cache"))
     parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument(
+        "--pca",
+        type=Path,
+        help="encode into the latent space in this file, as weights/probe/pca.safetensors, instead of fitting one: "
+        "networks and decoders trained in it can be used on",
+    )
     parser.add_argument("--validation", type=int, default=300)
     parser.add_argument("--pixel-clips", type=int, default=600)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.monotonic()
+    pca = read_pca(arguments.pca) if arguments.pca else None
     info = DatasetInfo(
         clips=arguments.clips,
         validation=min(arguments.validation, arguments.clips // 10),
         pixel_clips=min(arguments.pixel_clips, arguments.clips),
-        channels=arguments.channels,
+        channels=pca.channels if pca else arguments.channels,
     )
-    data = build(arguments.out, info, arguments.processes)
+    data = build(arguments.out, info, arguments.processes, pca=pca)
     logger.info("%s", json.dumps(measure(data)))
     logger.info("%d clips in %.0f s", info.clips, time.monotonic() - started)
 

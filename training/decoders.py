@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 PHASES = (
-    Phase("linear", 0.05, samples=4, latents=3, crop=(4, 7)),
-    Phase("decoder", 0.40, samples=3, latents=3, crop=(4, 7)),
-    Phase("decoder", 0.43, samples=2, latents=4),
-    Phase("encoder", 0.12, samples=6, latents=3, crop=(4, 7)),
+    Phase("linear", 0.10, samples=4, latents=3, crop=(4, 7)),
+    Phase("decoder", 0.36, samples=3, latents=3, crop=(4, 7)),
+    Phase("decoder", 0.44, samples=2, latents=4),
+    Phase("encoder", 0.10, samples=6, latents=3, crop=(4, 7)),
 )
 
 
@@ -61,7 +61,7 @@ class DecoderConfig:
     """A folder of this kind to start from; the linear part is left out then."""
     phases: tuple[Phase, ...] = PHASES
     seed: int = 0
-    matrix_rate: float = 0.006
+    matrix_rate: float = 0.002
     other_rate: float = 2e-3
     warmup_steps: int = 20
     flat: float = 0.5

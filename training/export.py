@@ -37,6 +37,7 @@ def embedded_spec(rollout: RolloutSettings, text_len: int, height: int, width: i
         native_fps=fps,
         frames_per_block=rollout.block_frames,
         text_len=text_len,
+        spatial_stride=height // rollout.height,
         denoising_steps=rollout.denoising_steps,
         shift=rollout.shift,
         window_frames=rollout.window_frames,
