@@ -17,7 +17,7 @@ from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
-from pipeline.errors import NonFiniteOutput, SelfForcingError
+from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
@@ -106,6 +106,12 @@ class SelfForcingPipeline:
         vae = load("vae")
         speed_up(vae)
         taehv = load("taehv") if source.has("taehv") else None
+        for name, stride in (("vae", vae.config.scale_factor_spatial), ("taehv", taehv and taehv.spatial_scale)):
+            if stride not in (None, source.spec.spatial_stride):
+                raise WeightsError(
+                    f"The {name} of {source.spec.name} makes {stride} pixels of a latent cell, but model_index.json "
+                    f"says spatial_stride {source.spec.spatial_stride}. Get the model folder again."
+                )
         return cls(source.spec, transformer, text, vae, taehv, weights_sha256=source.sha256("transformer"))
 
     @property

@@ -69,12 +69,12 @@ def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]
     reasons = {}
     if not has_taehv:
         reasons["taehv"] = "This model folder has no TAEHV decoder."
-    if missing := _missing_for_compile(device):
+    if missing := missing_for_compile(device):
         reasons["compile"] = f"torch.compile needs {missing} on this machine. Install it and restart."
     return reasons
 
 
-def _missing_for_compile(device: torch.device) -> str | None:
+def missing_for_compile(device: torch.device) -> str | None:
     """What torch's compiler lacks here. On Windows it wants Microsoft's, elsewhere any; both link against Python."""
     compilers = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++", "gcc", "clang", "cc")
     chosen = os.environ.get("CXX") or os.environ.get("CC")

@@ -733,7 +733,7 @@ def no_triton(pipe: SelfForcingPipeline, patch: pytest.MonkeyPatch, empty: Path)
 
 
 def broken_compiler(pipe: SelfForcingPipeline, patch: pytest.MonkeyPatch, empty: Path) -> None:
-    patch.setattr(options, "_missing_for_compile", lambda device: None)
+    patch.setattr(options, "missing_for_compile", lambda device: None)
 
     def fail(*_: Any) -> Iterator[torch.Tensor]:
         raise InternalTorchDynamoError("no")

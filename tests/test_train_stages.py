@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline import GenerationRequest, SelfForcingPipeline
 from pipeline.errors import WeightsError
-from tests.training_world import make_world, stage_settings
+from tests.training_world import SIZES, make_world, stage_settings
 from training import export
 from training.__main__ import main
 from training.draws import Draws
@@ -84,12 +84,20 @@ def test_stage_trains_and_hands_on_its_weights(world: Path, tmp_path: Path, job:
     assert tags["images"] == (["samples"] if settings.run.sheet_every else [])
 
 
-def test_compiled_blocks_learn_the_same(world: Path, tmp_path: Path) -> None:
-    learnt = {}
+def test_compiled_blocks_learn_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt, given = {}, []
+    original = torch.compile
+
+    def compile(function: Any, **how: Any) -> Any:
+        given.append(function)
+        return original(function, **how)
+
+    monkeypatch.setattr(torch, "compile", compile)
     for compiled in (False, True):
         out = tmp_path / str(compiled)
         run_stage("causal", stage_settings("causal", world, out, run__steps=2, run__batch=2, run__compile=compiled))
         learnt[compiled] = weights(out)
+    assert len(given) == SIZES["num_layers"]
     start = weights(world)
     assert any(not torch.equal(start[name], value) for name, value in learnt[True].items())
     for name, value in learnt[False].items():

@@ -155,6 +155,7 @@ class Ablation:
         """What differs from the settings file."""
         options, method = self.options, METHODS[name]
         changes = [value("run.out", out), f"run.seed={seed}", f"run.steps={steps}", "run.sheet_every=0"]
+        changes.append("run.compile=false")  # its one-off cost would spoil what a step is measured to cost
         # The whole section: a file that describes a fresh network has sizes there.
         changes.append(f"network={{init={json.dumps(str(options.ode if method.from_ode else options.start))}}}")
         changes += method.changes

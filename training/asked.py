@@ -19,9 +19,13 @@ from training.world import ATTRIBUTES, ClipParams, sample_params
 
 _TRIES = 300
 """Draws from the world, of which the one that fits a caption best is taken."""
-_LEADING = frozenset(captions.words("a among an at by during from in near of on over the through to under with"))
+_LEADING = frozenset(captions.words("a among an at by during from in near of on over the through to under while with"))
 """Words that a phrase begins with and means the same without."""
 _SUBJECT_TABLES = {"subject": captions.SUBJECT_NOUNS, "colour": captions.COLOUR_WORDS}
+
+_PLACES_AND_TIMES = ("weather", "time", "scene")
+_MORE_PHRASES = {"weather": {"rain": ("rain falling", "raining"), "snow": ("snow falling", "snowing")}}
+"""What people say and captions do not."""
 
 Words = tuple[str, ...]
 
@@ -63,23 +67,21 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, se
 
 def stated_in(caption: str) -> dict[str, str]:
     """The attributes that a caption states, read from its words. Where it could mean two values, it states neither."""
-    words = tuple(captions.words(caption))
+    rest = tuple(captions.words(caption))
     found = {}
-    rest = words
-    for name in sorted(ATTRIBUTES, key=lambda name: name == "motion"):  # falling snow is no subject that falls
-        if name == "colour":
-            value, places = _colour(words), set()
+    # Weather first and motion last, and no word is read twice: falling snow is no place and no subject that falls.
+    for name in ("weather", "time", "scene", "subject", "colour", "motion"):
+        if name == "colour":  # it stands beside its subject
+            value, places = _colour(tuple(captions.words(caption))), set()
         else:
-            value, places = _longest(rest if name == "motion" else words, _phrases(name))
+            phrases = _phrases(name)
+            value, places = _longest(rest, phrases)
+            if value is None and name in _PLACES_AND_TIMES:
+                # A phrase without its first words: `sunny day` instead of `on a sunny day`.
+                value, places = _longest(rest, [(value, _core(phrase)) for value, phrase in phrases])
         if value is not None:
             found[name] = value
             rest = tuple("" if index in places else word for index, word in enumerate(rest))
-    # What is left may hold a phrase without its first words: `sunny day` instead of `on a sunny day`.
-    for name in ATTRIBUTES:
-        if name not in (*found, "subject", "colour", "motion"):
-            value, _ = _longest(rest, [(value, _core(phrase)) for value, phrase in _phrases(name)])
-            if value is not None:
-                found[name] = value
     return {name: found[name] for name in ATTRIBUTES if name in found}
 
 
@@ -89,7 +91,7 @@ def _phrases(name: str) -> list[tuple[str, Words]]:
     verbs = sorted({verb for options in captions.VERBS.values() for verb in options})
     phrases = set()
     for value, options in table.items():
-        for phrase in options:
+        for phrase in (*options, *_MORE_PHRASES.get(name, {}).get(value, ())):
             for verb in verbs if "{verb}" in phrase else ("",):
                 phrases.add((value, tuple(captions.words(phrase.replace("{verb}", verb)))))
     return sorted(phrases)
@@ -118,14 +120,14 @@ def _longest(words: Words, phrases: Iterable[tuple[str, Words]]) -> tuple[str | 
 
 def _colour(words: Words) -> str | None:
     """The colour beside the subject: `a red ball`, `a red colored ball`, `a ball that is red`."""
-    said = {word: value for value, options in captions.COLOUR_WORDS.items() for word in options}
     found = set()
     for _, noun in _phrases("subject"):
         for start in _spans(words, noun):
-            before = [word for word in words[:start] if word != "colored"][-1:]
+            before = tuple(word for word in words[:start] if word != "colored")
             after = words[start + len(noun) :]
-            beside = [*before, *(after[2:3] if after[:2] == ("that", "is") else ())]
-            found |= {said[word] for word in beside if word in said}
+            for value, phrase in _phrases("colour"):
+                if before[-len(phrase) :] == phrase or after[: len(phrase) + 2] == ("that", "is", *phrase):
+                    found.add(value)
     return found.pop() if len(found) == 1 else None
 
 

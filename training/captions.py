@@ -68,7 +68,7 @@ TIME_PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 WEATHER_PHRASES: dict[str, tuple[str, ...]] = {
-    "clear": ("in clear weather", "in fine weather", "under a clear sky", "without clouds"),
+    "clear": ("in clear weather", "in fine weather", "under a clear sky"),
     "rain": (
         "in the rain",
         "in heavy rain",
@@ -76,7 +76,6 @@ WEATHER_PHRASES: dict[str, tuple[str, ...]] = {
         "while rain falls",
         "in rainy weather",
         "in a rainstorm",
-        "on a rainy day",
     ),
     "snow": (
         "in falling snow",
@@ -97,8 +96,7 @@ _OF_CLEAR_SKIES = (
     "under the night sky",
     "under an orange sky",
 )
-"""Phrases of times of day that are not said in other weather, and others that are not said of other times."""
-_OF_DAYS = ("on a rainy day",)
+"""Phrases of times of day that are not said in other weather."""
 SUBJECT_NOUNS: dict[str, tuple[str, ...]] = {
     "ball": ("ball", "ball", "beach ball", "rubber ball", "sphere"),
     "car": ("car", "car", "car", "automobile", "taxi"),
@@ -186,7 +184,15 @@ OPENINGS = (
     "there is",
     "look at",
 )
-_EXTRA_WORDS = ("that", "is", "and", "colored", ",")
+_FINITE = frozenset(
+    word
+    for table in (VERBS, MOTION_PHRASES)
+    for options in table.values()
+    for word in (option.split(" ")[0] for option in options)
+    if word.endswith("s")
+)
+"""Words that a motion begins with and that make a sentence of it."""
+_EXTRA_WORDS = ("that", "is", "colored", ",")
 _KEEP = {"scene": 0.93, "time": 0.88, "weather": 0.97, "subject": 1.0, "colour": 0.92, "motion": 0.93}
 _KEEP_CLEAR = 0.3
 """Fine weather is seldom spoken of: a caption without weather mostly means it."""
@@ -237,7 +243,7 @@ def _join(subject: str, motion: str, scene: str, time: str, weather: str, rng: n
         order = [*around, ",", subject, motion, scene]
     elif draw < 0.62:
         order = [scene, ",", subject, motion, *around]
-    elif draw < 0.72:
+    elif draw < 0.72 and motion.split(" ")[0] not in _FINITE:  # no "we see a ball rolls"
         order = [_choose(rng, OPENINGS), subject, motion, scene, *around]
     elif draw < 0.80:
         order = [subject, scene, *around, ",", motion]
@@ -250,11 +256,6 @@ def _join(subject: str, motion: str, scene: str, time: str, weather: str, rng: n
         order = [" , ".join(shuffled[int(i)] for i in rng.permutation(len(shuffled)))]
     joined = " ".join(" ".join(order).split())
     return joined.removesuffix(" ,").removeprefix(", ").replace(" ,", ",")
-
-
-def _phrase(options: tuple[str, ...], rng: np.random.Generator, without: tuple[str, ...]) -> str:
-    """One of the options, but none of `without`."""
-    return _choose(rng, tuple(option for option in options if option not in without))
 
 
 def make_caption(params: ClipParams, rng: np.random.Generator, full: bool = False) -> tuple[str, dict[str, str]]:
@@ -274,14 +275,17 @@ def make_caption(params: ClipParams, rng: np.random.Generator, full: bool = Fals
         if params.shows(name) and (full or rng.random() < keep[name])
     }
     cloudy = _OF_CLEAR_SKIES if params.weather != "clear" else ()
-    dark = _OF_DAYS if params.time != "day" else ()
     while True:
         subject = _subject_phrase(params, stated, rng)
         verb = _choose(rng, VERBS[params.subject])
         motion = _choose(rng, MOTION_PHRASES[params.motion]).replace("{verb}", verb) if "motion" in stated else ""
         scene = _choose(rng, SCENE_PHRASES[params.scene]) if "scene" in stated else ""
-        time = _phrase(TIME_PHRASES[params.time], rng, cloudy) if "time" in stated else ""
-        weather = _phrase(WEATHER_PHRASES[params.weather], rng, dark) if "weather" in stated else ""
+        time = (
+            _choose(rng, tuple(said for said in TIME_PHRASES[params.time] if said not in cloudy))
+            if "time" in stated
+            else ""
+        )
+        weather = _choose(rng, WEATHER_PHRASES[params.weather]) if "weather" in stated else ""
         caption = _join(subject, motion, scene, time, weather, rng)
         if len(words(caption)) < MAX_TOKENS:
             return caption, stated

@@ -1,4 +1,4 @@
-"""Render the training clips and encode them: `python -m training.data --clips 9000 --out training/cache`.
+"""Render the training clips and encode them: `python -m training.data --out training/cache`.
 
 A finished folder holds `latents.npy` float16 [N, F, C, h, w], `masks.npy` uint8 [N, F, h, w] (share of the subject,
 0..255), `pixels.npy` uint8 [P, T, H, W, 3] of the first P clips, `params.json`, `pca.npz` and, written last,
@@ -12,13 +12,17 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
+from pipeline.errors import WeightsError
+from training import console
 from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE, PatchPCA, mask_patches, psnr, read_pca, to_patches
 from training.world import FPS, HEIGHT, NUM_FRAMES, WIDTH, ClipParams, render, sample_params
 
@@ -168,6 +172,22 @@ def build(
     return ClipDataset(folder)
 
 
+def _read_space(path: Path) -> PatchPCA:
+    """A latent space of this world.
+
+    Raises:
+        WeightsError: the file holds none, or one of other patches.
+    """
+    try:
+        pca = read_pca(path)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise WeightsError(f"{path} holds no latent space; weights/probe/pca.safetensors is one.") from error
+    size = 3 * TEMPORAL_STRIDE * SPATIAL_STRIDE**2
+    if pca.mean.size != size:
+        raise WeightsError(f"{path} is of patches with {pca.mean.size} numbers, but this world's have {size}.")
+    return pca
+
+
 def measure(data: ClipDataset, clips: int = 50) -> dict[str, float | list[float]]:
     """Statistics of the latents, and PSNR in dB of decoding validation clips linearly (all pixels, subject pixels)."""
     step = max(1, data.info.clips // 200)
@@ -188,7 +208,7 @@ def measure(data: ClipDataset, clips: int = 50) -> dict[str, float | list[float]
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Render and encode captioned clips of the procedural world.")
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=Path("training/cache"))
@@ -204,18 +224,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    started = time.monotonic()
-    pca = read_pca(arguments.pca) if arguments.pca else None
-    info = DatasetInfo(
-        clips=arguments.clips,
-        validation=min(arguments.validation, arguments.clips // 10),
-        pixel_clips=min(arguments.pixel_clips, arguments.clips),
-        channels=pca.channels if pca else arguments.channels,
-    )
-    data = build(arguments.out, info, arguments.processes, pca=pca)
-    logger.info("%s", json.dumps(measure(data)))
-    logger.info("%d clips in %.0f s", info.clips, time.monotonic() - started)
+
+    def work() -> None:
+        started = time.monotonic()
+        pca = _read_space(arguments.pca) if arguments.pca else None
+        info = DatasetInfo(
+            clips=arguments.clips,
+            validation=min(arguments.validation, arguments.clips // 10),
+            pixel_clips=min(arguments.pixel_clips, arguments.clips),
+            channels=pca.channels if pca else arguments.channels,
+        )
+        data = build(arguments.out, info, arguments.processes, pca=pca)
+        logger.info("%s", json.dumps(measure(data)))
+        logger.info("%d clips in %.0f s", info.clips, time.monotonic() - started)
+
+    return console.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,8 +36,6 @@ __all__ = ["Prompt", "evaluate", "make_videos", "plan_prompts", "real_videos", "
 
 Array = np.ndarray
 
-REPORTED = tuple(dict.fromkeys(("scene", "time", "weather", "subject", "colour", "motion", *ATTRIBUTES)))
-"""The attributes of a report; null where this world has none of that name."""
 SHEET_CLIPS, PSNR_CLIPS, PSNR_SEED, FPS_SECONDS = 24, 20, 900, 5.0
 
 
@@ -113,7 +111,7 @@ def follow_prompts(film: Film, probe: AttributeProbe, prompts: Sequence[Prompt],
         save_sheet(sheet, generated.shown, [prompt.caption for prompt in prompts[:SHEET_CLIPS]])
 
     def attributes(scores: dict[str, float]) -> dict[str, float]:
-        return {name: scores.get(name, float("nan")) for name in REPORTED}
+        return {name: scores[name] for name in ATTRIBUTES}
 
     return {
         "prompt_following": attributes(raw),
@@ -166,13 +164,12 @@ def sharpness(folder: Path, judge: Judge, size: tuple[int, int], clips: int) -> 
     return {"psnr": {"wan": None, "taehv": None, **decoder_psnr(decoders, encode, real)}, "psnr_encoder": name}
 
 
-def notes(generator: Generator, judge: Judge, prompts: Sequence[Prompt], size: tuple[int, int]) -> list[str]:
+def notes(generator: Generator, prompts: Sequence[Prompt], size: tuple[int, int]) -> list[str]:
     """What makes the scores less sure: one sentence each."""
     found = []
-    read = (judge.probe.config.height, judge.probe.config.width)
-    if size != read:
+    if size != (HEIGHT, WIDTH):
         found.append(
-            f"The model draws {size[1]}x{size[0]} pixels, but the probe learnt {read[1]}x{read[0]}: frames are resized."
+            f"The model draws {size[1]}x{size[0]} pixels, but the probe learnt {WIDTH}x{HEIGHT}: frames are resized."
         )
     unknown = sorted({word for prompt in prompts for word in generator.unknown_words(prompt.caption)})
     if unknown:
@@ -214,7 +211,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         report |= follow_prompts(film, judge.probe, prompts, sheets[0])
         report |= follow_time(film, generator.spec, judge.probe, long_prompts, options.long_seconds, sheets[-1])
     report |= sharpness(options.model, judge, report["size"], min(PSNR_CLIPS, len(prompts)))
-    told = notes(generator, judge, prompts, report.pop("size"))
+    told = notes(generator, prompts, report.pop("size"))
     return report | {
         "fps": fps,
         "probe_held_out": judge.held_out,

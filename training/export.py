@@ -21,6 +21,7 @@ from training import console
 from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
 from training.network import WEIGHTS_FILE, load_network, transformer_folder
+from training.pca import SPATIAL_STRIDE
 from training.settings import NetworkSettings, RolloutSettings
 from training.settings_file import build
 
@@ -37,7 +38,7 @@ def embedded_spec(rollout: RolloutSettings, text_len: int, height: int, width: i
         native_fps=fps,
         frames_per_block=rollout.block_frames,
         text_len=text_len,
-        spatial_stride=height // rollout.height,
+        spatial_stride=SPATIAL_STRIDE,
         denoising_steps=rollout.denoising_steps,
         shift=rollout.shift,
         window_frames=rollout.window_frames,
@@ -82,11 +83,20 @@ def export(run: Path, data: Path, out: Path, base: Path | None = None, share: fl
         data: the data set's folder, with text/, vae/ and taehv/ in it.
         base, share: see `blended_weights`.
         out: the model folder; replaced if it exists, but for the files this stage does not write (its model card).
+
+    Raises:
+        WeightsError: `run` is no finished stage with a rollout, or was trained on clips of another size.
     """
     rollout, text_len = read_run(run)
     network = load_network(NetworkSettings(init=str(run)))
     network.load_state_dict(blended_weights(run, base, share))
     info = ClipDataset(data).info
+    size = SPATIAL_STRIDE * rollout.height, SPATIAL_STRIDE * rollout.width
+    if size != (info.height, info.width):
+        raise WeightsError(
+            f"{run} was trained on clips of {size[1]}x{size[0]} pixels, but those in {data} have "
+            f"{info.width}x{info.height}."
+        )
     spec = embedded_spec(rollout, text_len, info.height, info.width, info.fps)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:

@@ -156,7 +156,7 @@ def draw_sprite(
     Args:
         softness: width of its edges in radii.
         turn: angle of the ball's stripe.
-        phase: frames since the clip began, for what comes back every `CYCLE` frames.
+        phase: frames into the cycle of what comes back every `CYCLE` frames.
         moves: whether wheels turn and flames burn.
     """
     sprite = Sprite(u, v, softness, turn, phase, moves)

@@ -87,14 +87,19 @@ def _falling(weather: str, phase: int, height: int, width: int) -> Array:
         for cu, cv, size in _FLAKES:
             dv, du = (v - cv + 0.5) % 1.0 - 0.5, (u - cu + 0.5) % 1.0 - 0.5
             alpha = np.maximum(alpha, np.clip(0.5 - (np.hypot(du, dv) - 0.058 * size) / (1.6 * soft), 0, 1) * 0.9)
-    alpha = alpha * _strength(y, x)
-    alpha.setflags(write=False)
-    return alpha.astype(np.float32, copy=False)
+    return _shared(alpha * _strength(y, x))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _fog(t: int, height: int, width: int) -> Array:
     """Opacity [H, W] of banks of fog that drift to the right."""
     y, x = _grid(height, width)
     banks = np.sin(2 * np.pi * _BANKS * (x - _DRIFT * t) + 3.0 * y)
-    return (0.17 + 0.13 * banks * np.sin(np.pi * np.clip(y * 1.15, 0, 1))).astype(np.float32)
+    return _shared(0.17 + 0.13 * banks * np.sin(np.pi * np.clip(y * 1.15, 0, 1)))
+
+
+def _shared(alpha: Array) -> Array:
+    """As the cache keeps it: nobody may write into what everybody reads."""
+    alpha = alpha.astype(np.float32, copy=False)
+    alpha.setflags(write=False)
+    return alpha
