@@ -1,8 +1,8 @@
 """Judge what a video shows: `python -m training.probe --out weights/probe`.
 
-A small convolutional network, trained on real clips only, reads scene, time, subject and colour from single frames and
-finds the subject's pixels. Motion is never classified: it is measured by following the subject's centroid, which
-generated clips do not fool. Lengths are in frame heights, speeds in frame heights per frame.
+A small convolutional network, trained on real clips only, reads scene, time, weather, subject and colour from single
+frames and finds the subject's pixels. Motion is never classified: it is measured by following the subject's centroid,
+which generated clips do not fool. Lengths are in frame heights, speeds in frame heights per frame.
 """
 
 from __future__ import annotations
