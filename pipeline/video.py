@@ -179,8 +179,9 @@ def _write_whole(
 def encoded_size(height: int, width: int) -> tuple[int, int]:
     """Height and width (pixels) at which frames of this size are encoded.
 
-    H.264 as browsers play it keeps colour at half the resolution, and they enlarge a small video with a blur: at 224x128 not
-    much is left. So frames are enlarged by a whole number until their short side has at least `MIN_SHORT_SIDE`.
+    H.264 as browsers play it keeps colour at half the resolution, and they enlarge a small video with a blur: at
+    224x128 little is left. So frames are enlarged by a whole number until their short side is at least
+    `MIN_SHORT_SIDE`.
     """
     factor = -(-MIN_SHORT_SIDE // min(height, width))
     return height * factor, width * factor
