@@ -67,7 +67,7 @@ class DecoderConfig:
     flat: float = 0.5
     """Share of a part's time at the full rate; then it falls linearly."""
     average: float = 0.99
-    latent_noise: float = 0.15
+    latent_noise: float = 0.1
     """Largest noise on a sample's latents, in each channel's standard deviations: generated latents are not
     perfect."""
     subject_weight: float = 4.0
