@@ -281,7 +281,7 @@ def test_a_fit_survives_saving_whatever_its_order_in_memory(tmp_path: Path) -> N
 
 def test_a_judge_of_another_world_is_refused(tmp_path: Path) -> None:
     shipped = load_judge(SHIPPED)
-    assert all(value > 0.95 for value in shipped.held_out.values())
+    assert all(value > 0.9 for value in shipped.held_out.values())
     folder = tmp_path / "probe"
     save_judge(folder, shipped.probe, shipped.pca, shipped.held_out)
     assert load_judge(folder).held_out == shipped.held_out

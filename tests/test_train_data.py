@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("data") / "world")
 
 
-def write_video(path: Path, frames: int = 24, size: tuple[int, int] = (16, 32), seed: int = 0) -> None:
+def write_video(path: Path, frames: int = 24, size: tuple[int, int] = (32, 64), seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     pictures = rng.integers(0, 255, (1, 4, 8, 3), dtype=np.uint8).repeat(frames, 0)
     pictures = pictures.repeat(size[0] // 4, 1).repeat(size[1] // 8, 2)
@@ -97,11 +97,11 @@ def listed(*lines: str) -> Callable[[Path], object]:
         (cut, "b.mp4 cannot be decoded"),
         (lambda folder: (folder / "b.mp4").write_bytes(b""), "b.mp4 cannot be decoded"),
         (
-            lambda folder: write_video(folder / "b.mp4", size=(32, 32)),
-            "b.mp4 is 32x32, but the videos before it are 32x16",
+            lambda folder: write_video(folder / "b.mp4", size=(64, 64)),
+            "b.mp4 is 64x64, but the videos before it are 64x32",
         ),
         (lambda folder: write_video(folder / "b.mp4", frames=9), "b.mp4 has 9 frames, but 21 are needed"),
-        (lambda folder: write_video(folder / "a.mp4", size=(24, 32)), "a.mp4 is 32x24: both must be multiples of 16"),
+        (lambda folder: write_video(folder / "a.mp4", size=(48, 64)), "a.mp4 is 64x48: both must be multiples of 32"),
         (lambda folder: [path.unlink() for path in folder.glob("*.mp4")], "holds no .mp4 files"),
         (listed('{"file": "c.mp4", "caption": "x"}'), "names c.mp4, which is not in"),
         (listed('{"file": "a.mp4", "caption": ""}'), "The caption of a.mp4 in captions.jsonl is empty"),

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, default=Path("weights/embedded"))
     parser.add_argument("--base", type=Path, default=Path("training/cache/base"))
-    parser.add_argument("--share", type=float, default=0.6, help="1: the stage itself; 0: the base")
+    parser.add_argument("--share", type=float, default=1.0, help="1: the stage itself; 0: the base")
     options = parser.parse_args(argv)
     return console.run(lambda: export(options.run, options.data, options.out, options.base, options.share))
 
