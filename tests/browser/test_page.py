@@ -42,14 +42,14 @@ def test_what_is_wrong_is_said_and_nothing_is_made(open_page, site) -> None:
 def test_keyboard_and_examples(open_page, site) -> None:
     site.pipeline.step_seconds = 0.05
     page = open_page()
-    page.get_by_text("a yellow car drives to the left in the city at night").click()
-    wait_until(page, lambda: page.get_by_label("Prompt").input_value().startswith("a yellow car"))
+    page.get_by_text("a green car drives to the right in the desert by day").click()
+    wait_until(page, lambda: page.get_by_label("Prompt").input_value().startswith("a green car"))
     page.get_by_label("Prompt").press("Control+Enter")
     wait_until(page, lambda: len(site.pipeline.made) >= 1)
     page.keyboard.press("Escape")
     page.wait_for_selector(".sf-done")
     assert "Stopped" in page.inner_text("#status")
-    assert site.pipeline.requests[0].prompt.startswith("a yellow car")
+    assert site.pipeline.requests[0].prompt.startswith("a green car")
 
 
 def test_on_a_phone_everything_is_in_one_column(open_page, site) -> None:
