@@ -71,7 +71,8 @@ def choose(page, title: str) -> None:
 def test_a_model_is_downloaded_stopped_continued_and_used(open_page, site: MenuSite) -> None:
     page, other = open_page(), open_page()
     page.locator("#models > button").click()
-    assert page.is_visible("#model-choice") and "In use" in page.inner_text("#model-card")
+    page.locator("#model-choice").wait_for()
+    wait_until(page, lambda: "In use" in page.inner_text("#model-card"))
     choose(page, "Small")
     page.get_by_text("Not here:").wait_for()
     assert "Test-1.0" in page.inner_text("#model-card") and not page.is_visible("#model-use")
