@@ -67,12 +67,12 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, se
 
 def stated_in(caption: str) -> dict[str, str]:
     """The attributes that a caption states, read from its words. Where it could mean two values, it states neither."""
-    rest = tuple(captions.words(caption))
+    words = rest = tuple(captions.words(caption))
     found = {}
     # Weather first and motion last, and no word is read twice: falling snow is no place and no subject that falls.
     for name in ("weather", "time", "scene", "subject", "colour", "motion"):
         if name == "colour":  # it stands beside its subject
-            value, places = _colour(tuple(captions.words(caption))), set()
+            value, places = _colour(words), set()
         else:
             phrases = _phrases(name)
             value, places = _longest(rest, phrases)

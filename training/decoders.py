@@ -1,4 +1,4 @@
-"""Train the decoders and encoders: `python -m training.decoders --kind wan --minutes 16 --out
+"""Train the decoders and encoders: `python -m training.decoders --kind wan --minutes 22 --out
 training/cache/decoder_wan`.
 
 The latents are given (a principal component analysis of patches), so both halves are plain regressions:

@@ -23,8 +23,8 @@ _VEIL: dict[str, dict[str, Colour]] = {
 }
 _LIGHT = {"day": 1.0, "sunset": 0.92, "night": 0.72}
 _PERIOD = 0.25
-_FALL = {"rain": _PERIOD / 4, "snow": _PERIOD / 8}
-"""Speed of what falls, in heights per frame."""
+_REPEATS = {"rain": 4, "snow": 8}
+"""Frames in which what falls has fallen by one period."""
 _DROPS = ((0.10, 0.15), (0.43, 0.62), (0.77, 0.33), (0.62, 0.92))
 _FLAKES = ((0.06, 0.14, 1.0), (0.31, 0.71, 0.66), (0.55, 0.33, 1.1), (0.82, 0.90, 0.78))
 _BANKS, _DRIFT = 1.1, 0.004
@@ -53,9 +53,8 @@ def add_weather(frames: Array, weather: str, time: str) -> None:
         colour = np.array(_VEIL["fog"][time], np.float32)
     else:
         colour = np.array((0.86, 0.92, 1.0) if weather == "rain" else (1.0, 1.0, 1.0), np.float32) * _LIGHT[time]
-    repeats = round(_PERIOD / _FALL[weather]) if weather in _FALL else len(frames)
     for t, frame in enumerate(frames):
-        alpha = _fog(t, height, width) if weather == "fog" else _falling(weather, t % repeats, height, width)
+        alpha = _fog(t, height, width) if weather == "fog" else _falling(weather, t % _REPEATS[weather], height, width)
         frame += alpha[..., None] * (colour - frame)
 
 
@@ -74,7 +73,7 @@ def _falling(weather: str, phase: int, height: int, width: int) -> Array:
     """Opacity [H, W] of drops or flakes in one of the frames after which they repeat."""
     y, x = _grid(height, width)
     # Place within the period, in periods.
-    v, u = (y - phase * _FALL[weather]) / _PERIOD, x / _PERIOD
+    v, u = y / _PERIOD - phase / _REPEATS[weather], x / _PERIOD
     soft = 1.0 / (height * _PERIOD)
     alpha = np.zeros((height, width), np.float32)
     if weather == "rain":

@@ -147,8 +147,7 @@ def _track(params: ClipParams, rng: np.random.Generator, num_frames: int, aspect
         rest = rng.uniform(0.38, 0.50)
     x = np.full(num_frames, rng.uniform(0.4, aspect - 0.4), np.float32)
     y = np.full(num_frames, rest, np.float32)
-    sideways = params.motion in ("right", "left")
-    if sideways:
+    if params.motion in ("right", "left"):
         direction = 1 if params.motion == "right" else -1
         x = _axis(rng, aspect, radius, direction * pace * _SPEED_SIDEWAYS, steps)
         if params.subject == "ball":
