@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from pipeline.errors import InvalidSettings, OptionUnavailable
+from pipeline.options import missing_for_compile
 from training.settings import RunSettings
 
 _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -100,7 +101,8 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
 
     Raises:
         OptionUnavailable: a GPU was asked for and there is none, or there are fewer than processes.
-        InvalidSettings: the batch cannot be shared out, or weights cannot be kept off a GPU that is not there.
+        InvalidSettings: the batch cannot be shared out, weights cannot be kept off a GPU that is not there, or there is
+            no compiler for `run.compile`.
     """
     # Raised for every block; nothing here changes what a network returns in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -111,6 +113,9 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     gpu = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
     if settings.cpu_offload and not gpu:
         raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
+    missing = missing_for_compile(torch.device("cuda" if gpu else "cpu")) if settings.compile else None
+    if missing is not None:
+        raise InvalidSettings(f"run.compile needs {missing} on this machine. Install it, or set run.compile=false.")
     if gpu:
         torch.cuda.set_device(own_gpu())
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipeline.errors import InvalidSettings
-from pipeline.options import missing_for_compile
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel
 from training.checkpoints import saved_so_far
@@ -22,7 +21,7 @@ from training.network import check_vae, load_network, load_text_encoder, network
 from training.optim import Trainee
 from training.parallel import Processes
 from training.prompts import open_prompts
-from training.settings import NetworkSettings, OptimizerSettings, PromptSettings, StageSettings, require
+from training.settings import NetworkSettings, OptimizerSettings, PromptSettings, StageSettings
 
 Kind = TypeVar("Kind", bound=StageSettings)
 Metrics = dict[str, float]
@@ -58,9 +57,6 @@ class Stage(ABC, Generic[Kind]):
         """
         config = network_config(settings.network)
         check_text(settings, config)
-        kind = "cpu" if settings.run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-        missing = missing_for_compile(torch.device(kind)) if settings.run.compile else None
-        require(missing is None, f"run.compile needs {missing} on this machine. Install it, or set run.compile=false.")
         if settings.run.sheet_every:
             check_vae("run.decoder", settings.run.decoder, config["in_channels"])
 
