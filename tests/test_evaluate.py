@@ -189,7 +189,7 @@ def probe() -> AttributeProbe:
 
 @pytest.fixture(scope="module")
 def moving() -> Prompt:
-    return Prompt("a ball", shows("city", "day", "ball", "red", "right"), 3)
+    return Prompt("a ball", shows("city", "day", "ball", "red", "right"), 0)
 
 
 def reports(probe: AttributeProbe, video: np.ndarray, prompt: Prompt) -> tuple[dict, dict]:
@@ -199,9 +199,9 @@ def reports(probe: AttributeProbe, video: np.ndarray, prompt: Prompt) -> tuple[d
 
 
 def test_a_real_clip_neither_drifts_nor_rests(probe: AttributeProbe, moving: Prompt) -> None:
-    # In the fourth window it crosses the border, where half a subject may be taken for another.
-    drift, motion = reports(probe, clip(moving.params, moving.seed, 3 * WINDOW), moving)
-    assert len(drift["quality"]) == 3 and drift["relative"] == pytest.approx(1, abs=0.05)
+    # In the third window it leaves, and half a subject may be taken for another or seem slower.
+    drift, motion = reports(probe, clip(moving.params, moving.seed, 2 * WINDOW), moving)
+    assert len(drift["quality"]) == 2 and drift["relative"] == pytest.approx(1, abs=0.05)
     assert motion["frozen"] == motion["frozen_real"] == 0
     assert motion["speed"]["end"] == pytest.approx(1, abs=0.3)
 
@@ -227,15 +227,18 @@ def test_what_decays_is_named(probe: AttributeProbe, moving: Prompt) -> None:
 
 def test_a_jump_where_the_first_frame_leaves_the_window_is_noticed() -> None:
     frames = np.repeat(np.arange(60, dtype=np.uint8)[:, None, None, None], 3, axis=3).repeat(8, axis=1)
-    assert flicker([frames], SPEC) == {"mean": pytest.approx(1), "worst": pytest.approx(1)}
+    assert flicker([frames], SPEC) == dict.fromkeys(("mean", "worst", "elsewhere"), pytest.approx(1))
     leaves = SPEC.frames_in(SPEC.window_frames // SPEC.frames_per_block)
     assert leaves == 33
     jump = frames.copy()
     jump[leaves:] += 9
-    assert flicker([frames, jump], SPEC)["worst"] > 5
+    seen = flicker([frames, jump], SPEC)
+    assert seen["worst"] > 5 and seen["elsewhere"] == pytest.approx(1)
     elsewhere = frames.copy()
     elsewhere[leaves + 5 :] += 9
     assert flicker([elsewhere], SPEC)["worst"] == pytest.approx(1)
+    elsewhere[leaves + 12 :] += 9
+    assert flicker([elsewhere], SPEC)["worst"] == pytest.approx(1) and flicker([elsewhere], SPEC)["elsewhere"] > 2
     assert flicker([frames[:leaves]], SPEC) is None
     still = np.zeros_like(frames)
     assert flicker([still], SPEC)["worst"] == 1

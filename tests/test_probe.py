@@ -19,8 +19,9 @@ from training.probe import (
     train,
 )
 from training.sheets import contact_sheet
+from training.sprites import CYCLE
 from training.tracking import follow, read_motion
-from training.world import ATTRIBUTES, ClipParams
+from training.world import ATTRIBUTES, GRID, ClipParams
 
 
 def test_sheet_needs_a_caption_for_each_video() -> None:
@@ -39,9 +40,9 @@ def test_track_follows_coverage_and_skips_frames_without_a_subject() -> None:
 
 def test_motion_of_a_track_that_wraps_around() -> None:
     steps = np.arange(WINDOW)
-    x = (1.4 + 0.014 * steps) % 1.75
+    x = (1.4 + GRID / CYCLE * steps) % 1.75
     assert read_motion(x, np.full(WINDOW, 0.5)).direction == "right"
-    assert read_motion(np.full(WINDOW, 0.5), (0.2 - 0.009 * steps) % 1.0).direction == "up"
+    assert read_motion(np.full(WINDOW, 0.5), (0.2 - GRID / CYCLE * steps) % 1.0).direction == "up"
     assert read_motion(np.full(WINDOW, 0.5), 0.5 + 0.008 * np.sin(0.2 * steps)).direction == "still"
     assert read_motion(np.full(WINDOW, np.nan), np.full(WINDOW, np.nan)).direction == "still"
 

@@ -148,21 +148,30 @@ def quality(parts: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def flicker(videos: Sequence[Array], spec: ModelSpec) -> dict[str, float] | None:
-    """Change of the pixels where the first frame leaves the window, as a multiple of the median one within a block.
+    """Change of the pixels where the first frame leaves the window, as a multiple of the median one around.
 
-    1: nothing is to be seen. None where no video is that long.
+    1: nothing is to be seen. `elsewhere` is the same where other blocks begin: what is more than that is the window's
+    doing. None where no video is that long.
     """
-    frame = spec.frames_in(spec.window_frames // spec.frames_per_block)
-    around = spec.temporal_stride * spec.frames_per_block
-    ratios = []
+    leaves = spec.frames_in(spec.window_frames // spec.frames_per_block)
+    block = spec.temporal_stride * spec.frames_per_block
+    there, elsewhere = [], []
     for video in videos:
-        if len(video) <= frame:
+        if len(video) <= leaves:
             continue
-        nearby = video[max(0, frame - 1 - around) : frame + 1 + around].astype(np.float32) / 255
-        changes = np.abs(np.diff(nearby, axis=0)).mean(axis=(1, 2, 3)) + _QUARTER_LEVEL
-        there = min(around, frame - 1)
-        ratios.append(float(changes[there] / np.median(changes)))
-    return {"mean": float(np.mean(ratios)), "worst": max(ratios)} if ratios else None
+        there.append(_change(video, leaves, block))
+        others = (frame for frame in range(leaves % block, len(video), block) if frame and frame != leaves)
+        elsewhere.append(mean_of(_change(video, frame, block) for frame in others))
+    if not there:
+        return None
+    return {"mean": float(np.mean(there)), "worst": max(there), "elsewhere": mean_of(elsewhere)}
+
+
+def _change(video: Array, frame: int, around: int) -> float:
+    """How much changes from the frame before to this one, as a multiple of the median of so many frames around."""
+    nearby = video[max(0, frame - 1 - around) : frame + 1 + around].astype(np.float32) / 255
+    changes = np.abs(np.diff(nearby, axis=0)).mean(axis=(1, 2, 3)) + _QUARTER_LEVEL
+    return float(changes[min(around, frame - 1)] / np.median(changes))
 
 
 def drift_report(generated: Sequence[Row], real: Sequence[Row]) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a text file with one prompt a line, instead of captions of held-out combinations; what a line states is "
         "read from its words, and only that is scored",
     )
-    parser.add_argument("--long-prompts", type=count(0), default=4, help="long videos, for drift and motion; 0: none")
+    parser.add_argument("--long-prompts", type=count(0), default=8, help="long videos, for drift and motion; 0: none")
     parser.add_argument("--long-seconds", type=float, default=60.0, help="their length")
     parser.add_argument(
         "--seed", type=count(0), default=1, help="of prompts and videos: the same seed, the same scores"

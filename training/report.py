@@ -49,7 +49,7 @@ def _long_videos(drift: Mapping[str, Any], motion: Mapping[str, Any]) -> list[st
     if flicker is not None:
         lines.append(
             f"where the first frame leaves the window: {_number(flicker['mean'])} times the usual change "
-            f"(worst {_number(flicker['worst'])})"
+            f"(worst {_number(flicker['worst'])}; where other blocks begin {_number(flicker['elsewhere'])})"
         )
     for name, what in (("speed", "subjects' speed"), ("change", "change of all pixels")):
         ratio = motion[name]

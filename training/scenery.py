@@ -59,14 +59,14 @@ class _Canvas:
         self.fill(convex(self.x, self.y, [(cx - half, base), (cx, base - height), (cx + half, base)]), colour)
 
 
-def _sky(c: _Canvas, scene: str, time: str, rng: np.random.Generator, clear: bool) -> float:
-    """Sky, with sun or moon if it is clear; returns where the light stands (x, in heights)."""
+def _sky(c: _Canvas, scene: str, time: str, rng: np.random.Generator, clear: bool) -> float | None:
+    """Sky, with sun or moon if it is clear; returns where that stands (x, in heights), None if it is hidden."""
     horizon = _HORIZON[scene]
     top, bottom = (np.array(v, np.float32) for v in _SKY[time])
     c.image[:] = top + np.clip(c.y / horizon, 0, 1)[..., None] * (bottom - top)
     light = float(rng.uniform(0.25, c.aspect - 0.25))
     if not clear:
-        return light
+        return None
     if time == "night":
         height = rng.uniform(0.14, 0.20)
         disc = circle(c.x, c.y, light, height, 0.095)
@@ -83,17 +83,19 @@ def _sky(c: _Canvas, scene: str, time: str, rng: np.random.Generator, clear: boo
     return light
 
 
-def _ocean(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _ocean(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     horizon = _HORIZON["ocean"]
     depth = np.clip((c.y - horizon) / (1 - horizon), 0, 1)
     near, far = np.array((0.05, 0.26, 0.50), np.float32), np.array((0.16, 0.52, 0.76), np.float32)
     c.blend(coverage(horizon - c.y, c.pixel), (far + depth[..., None] * (near - far)) * c.tint)
+    if light is None:
+        return
     shine = {"day": (0.85, 0.97, 1.0), "sunset": (1.0, 0.72, 0.42), "night": (0.55, 0.62, 0.85)}[time]
     path = np.exp(-(((c.x - light) / (0.08 + 0.10 * depth)) ** 2)) * coverage(horizon - c.y, c.pixel)
     c.blend(path * (1 - 0.8 * depth) * 0.5, shine)
 
 
-def _mountains(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _mountains(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     far = ((0.46, 0.46, 0.60), 0.72, 0.46, 0.50, (0.0, 0.72, 1.40))
     near = ((0.35, 0.38, 0.49), 0.76, 0.28, 0.40, (0.34, 1.12, 1.8))
     for index, (colour, base, height, half, places) in enumerate((far, near)):
@@ -107,7 +109,7 @@ def _mountains(c: _Canvas, time: str, rng: np.random.Generator, light: float) ->
     c.hill(0.76, 0.015, 3.0, rng.uniform(0, 6.28), (0.30, 0.58, 0.28))
 
 
-def _city(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _city(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     windows = (0.74, 0.86, 0.96) if time == "day" else (1.0, 0.86, 0.44)
     left = -float(rng.uniform(0.02, 0.2))
     while left < c.aspect:
@@ -127,7 +129,7 @@ def _city(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None
     c.fill(np.abs(c.y - 0.925) - 0.012, (0.96, 0.92, 0.70))
 
 
-def _desert(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _desert(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     c.hill(0.66, 0.05, 2.2, rng.uniform(0, 6.28), (0.88, 0.64, 0.36))
     c.hill(0.82, 0.05, 2.7, rng.uniform(0, 6.28), (0.97, 0.78, 0.48))
     cx, base, green = float(rng.uniform(0.2, c.aspect - 0.2)), 0.80, (0.18, 0.48, 0.25)
@@ -143,7 +145,7 @@ def _desert(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> No
         c.fill(box(c.x, c.y, cx + side * dx, base - up, half_width, half_height, 0.02), green)
 
 
-def _meadow(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _meadow(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     c.hill(0.66, 0.06, 2.0, rng.uniform(0, 6.28), (0.46, 0.74, 0.34))
     for low, high in ((0.12, 0.70), (1.0, c.aspect - 0.12)):
         cx, base = float(rng.uniform(low, max(low, high))), 0.72
@@ -152,7 +154,7 @@ def _meadow(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> No
     c.hill(0.78, 0.04, 2.3, rng.uniform(0, 6.28), (0.34, 0.65, 0.26))
 
 
-def _snow(c: _Canvas, time: str, rng: np.random.Generator, light: float) -> None:
+def _snow(c: _Canvas, time: str, rng: np.random.Generator, light: float | None) -> None:
     c.hill(0.68, 0.05, 2.0, rng.uniform(0, 6.28), (0.82, 0.88, 0.96))
     for low, high in ((0.12, 0.55), (0.70, 1.05), (1.2, c.aspect - 0.12)):
         cx = float(rng.uniform(low, max(low, high)))

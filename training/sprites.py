@@ -16,7 +16,7 @@ from training.shapes import Array, box, circle, convex, coverage, ellipse, star
 SUBJECTS = ("ball", "car", "boat", "balloon", "rocket", "star", "bird")
 COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
 EXTENT = 1.12
-"""No sprite reaches further than this many radii from its centre, along either axis."""
+"""No sprite that is not turned reaches further than this many radii from its centre, along either axis."""
 
 _RGB = {
     "red": (0.92, 0.11, 0.13),
@@ -28,7 +28,7 @@ _RGB = {
 }
 _BRIGHTNESS = {"day": 1.0, "sunset": 0.97, "night": 0.92}
 CYCLE = 4
-"""Frames after which wheels, wings and flames are as before."""
+"""Frames after which wheels, wings and flames are as before: those of a latent."""
 _DARK, _GLASS, _WOOD = (0.11, 0.11, 0.14), (0.80, 0.93, 1.0), (0.45, 0.29, 0.16)
 
 

@@ -16,7 +16,7 @@ _LAG = 4
 _JUMP = 0.25
 """A displacement longer than this is a subject that left on one side and came back on the other."""
 _STILL = 0.0028
-"""Slower than this is standing still: a third of the slowest motion of the world."""
+"""Slower than this is standing still: less than a fifth of the world's speed. What is half outside seems slower."""
 
 
 class Motion(NamedTuple):

@@ -7,6 +7,7 @@ function of the parameters and a seed. Lengths are in frame heights, speeds in f
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
@@ -30,14 +31,30 @@ HEIGHT, WIDTH, NUM_FRAMES, FPS = 128, 224, 73, 16
 IN_SPACE = {"time": "night", "weather": "clear"}
 """Space has no time of day and no weather: these stand for it there, and captions say nothing of them."""
 
-_RADIUS, _RADIUS_SPREAD = 0.25, 0.06
-_SPEED_SIDEWAYS, _SPEED_VERTICAL, _SPEED_SPREAD = 0.014, 0.0095, 0.1
+GRID = 1 / 16
+"""Subjects stand at half steps of a grid this wide, and what moves goes one step in the frames of a latent.
+
+Turns, hops and hovers begin with the clip and come back after eight latents at most. So a subject, which has one size
+and one speed, has a few dozen appearances, few enough for a small network to learn by heart.
+"""
+_RADIUS = 4 * GRID
+_MARGIN = 4.5 * GRID
+"""How far outside the frame a subject's centre gets: the first half step at which it is out of sight."""
+_SPEED = GRID / CYCLE
 _STARTS_INSIDE, _INSIDE_FRAMES = 0.75, 24
 """Share of the clips in which the subject begins well inside the frame, and how long it stays there at least."""
-_ROLL, _HOP, _HOP_FRAMES = 0.05, 0.15, 16
+_ROLL = np.pi / 32
+"""Radians by which a ball's stripe turns in a frame: half a turn, after which it looks the same, in eight latents.
+
+That is a third more than rolling without slipping, the nearest that comes back so soon."""
+_HOP, _HOP_FRAMES = 0.15, 16
+_HOVER, _HOVER_FRAMES = 0.008, 32
+"""How high a ball hops and what rests in the air sways, and how long once takes."""
 _ROCK, _ROCK_FRAMES = {"boat": 0.10, "balloon": 0.07, "star": 0.16}, 32
 """How far a subject rocks, in radians, and how long once takes."""
-_GROUND, _BELOW_CENTRE = 0.90, {"car": 0.72, "ball": 0.88, "boat": 0.70}
+_ON_GROUND = {"car": 11.5 * GRID, "ball": 10.5 * GRID, "boat": 11.5 * GRID}
+_IN_THE_AIR = (6.5 * GRID, 7.5 * GRID)
+"""Heights at which subjects rest or go sideways: those of the ground at one, the others at one of two."""
 _FACING = ("car", "boat", "bird")
 _HEADING = {"right": 0.5 * np.pi, "left": -0.5 * np.pi, "up": 0.0, "down": np.pi, "still": 0.0}
 """Where a rocket points, from upright, clockwise."""
@@ -72,14 +89,13 @@ class ClipParams:
 
 
 class Track(NamedTuple):
-    """Where the subject's centre is: `x`, `y` [T] in frame heights (possibly outside the frame), and its radius.
+    """Where the subject's centre is: `x`, `y` [T] in frame heights, possibly outside the frame.
 
     `turn` [T] is the angle by which all of it is turned, clockwise.
     """
 
     x: Array
     y: Array
-    radius: float
     turn: Array
 
 
@@ -124,43 +140,40 @@ def sample_params(rng: np.random.Generator, split: Literal["train", "held_out", 
             return params
 
 
-def _axis(rng: np.random.Generator, length: float, radius: float, speed: float, steps: Array) -> Array:
+def _place(rng: np.random.Generator, low: float, high: float) -> float:
+    """A random half step of the grid in low..high."""
+    first, last = math.ceil(low / GRID - 0.5), math.floor(high / GRID - 0.5)
+    return (int(rng.integers(first, last + 1)) + 0.5) * GRID
+
+
+def _axis(rng: np.random.Generator, length: float, direction: int, steps: Array) -> Array:
     """Positions [T] along one axis of `length`: it leaves on one side and comes back on the other, for ever."""
-    margin = EXTENT * radius
-    start = rng.uniform(-margin, length + margin)
+    loop = math.ceil((length + 2 * _MARGIN) / GRID) * GRID
     if rng.random() < _STARTS_INSIDE:
-        room = length - 1.8 * radius - abs(speed) * _INSIDE_FRAMES
-        start = 0.9 * radius + rng.uniform(0, 1) * max(room, 0.0)
-        start = start if speed > 0 else length - start
-    return (start + margin + speed * steps) % (length + 2 * margin) - margin
+        start = _place(rng, 0.9 * _RADIUS, length - 0.9 * _RADIUS - _SPEED * _INSIDE_FRAMES)
+        start = start if direction > 0 else loop - 2 * _MARGIN - start
+    else:
+        start = _place(rng, -_MARGIN, length + _MARGIN - GRID)  # the last one is the first one
+    return (start + _MARGIN + direction * _SPEED * steps) % loop - _MARGIN
 
 
 def _track(params: ClipParams, rng: np.random.Generator, num_frames: int, aspect: float) -> Track:
-    radius = _RADIUS * rng.uniform(1 - _RADIUS_SPREAD, 1 + _RADIUS_SPREAD)
-    pace = rng.uniform(1 - _SPEED_SPREAD, 1 + _SPEED_SPREAD)
-    phase = rng.uniform(0, 2 * np.pi)
     steps = np.arange(num_frames, dtype=np.float32)
-    on_ground = params.subject in _BELOW_CENTRE
-    if on_ground:
-        rest = _GROUND - radius * _BELOW_CENTRE[params.subject] + rng.uniform(-0.02, 0.02)
-    else:
-        rest = rng.uniform(0.38, 0.50)
-    x = np.full(num_frames, rng.uniform(0.4, aspect - 0.4), np.float32)
-    y = np.full(num_frames, rest, np.float32)
+    in_the_air = _IN_THE_AIR[int(rng.integers(len(_IN_THE_AIR)))]
+    x = np.full(num_frames, _place(rng, 0.4, aspect - 0.4), np.float32)
+    y = np.full(num_frames, _ON_GROUND.get(params.subject, in_the_air), np.float32)
     if params.motion in ("right", "left"):
-        direction = 1 if params.motion == "right" else -1
-        x = _axis(rng, aspect, radius, direction * pace * _SPEED_SIDEWAYS, steps)
+        x = _axis(rng, aspect, 1 if params.motion == "right" else -1, steps)
         if params.subject == "ball":
-            y = y - _HOP * np.abs(np.sin(np.pi * steps / _HOP_FRAMES + phase))
+            y = y - _HOP * np.abs(np.sin(np.pi * steps / _HOP_FRAMES))
     elif params.motion in ("up", "down"):
-        direction = 1 if params.motion == "down" else -1
-        y = _axis(rng, 1.0, radius, direction * pace * _SPEED_VERTICAL, steps)
-    elif not on_ground:
-        y = y + 0.008 * np.sin(0.2 * steps + phase)
-    turn = _ROCK.get(params.subject, 0.0) * np.sin(2 * np.pi * steps / _ROCK_FRAMES + phase)
+        y = _axis(rng, 1.0, 1 if params.motion == "down" else -1, steps)
+    elif params.subject not in _ON_GROUND:
+        y = y + _HOVER * np.sin(2 * np.pi * steps / _HOVER_FRAMES)
+    turn = _ROCK.get(params.subject, 0.0) * np.sin(2 * np.pi * steps / _ROCK_FRAMES)
     if params.subject == "rocket":
         turn = np.full(num_frames, _HEADING[params.motion])
-    return Track(x.astype(np.float32), y.astype(np.float32), float(radius), turn.astype(np.float32))
+    return Track(x.astype(np.float32), y.astype(np.float32), turn.astype(np.float32))
 
 
 def render(
@@ -177,7 +190,7 @@ def render(
     track = _track(params, rng, num_frames, width / height)
 
     # The sprite is drawn in a small square that follows the subject, then pasted where it overlaps the frame.
-    scale = track.radius * height
+    scale = _RADIUS * height
     side = int(np.ceil(2 * EXTENT * scale)) + 2
     left = np.floor(track.x * height - side / 2).astype(int)
     top = np.floor(track.y * height - side / 2).astype(int)
