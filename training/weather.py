@@ -23,12 +23,12 @@ _VEIL: dict[str, dict[str, Colour]] = {
 }
 _LIGHT = {"day": 1.0, "sunset": 0.92, "night": 0.72}
 _PERIOD = 0.25
-_REPEATS = {"rain": 4, "snow": 8}
-"""Frames in which what falls has fallen by one period."""
+_REPEATS = {"rain": 4, "snow": 8, "fog": 128}
+"""Frames in which what falls has fallen by one period, and a bank of fog has drifted to the place of the next."""
 _DROPS = ((0.10, 0.15), (0.43, 0.62), (0.77, 0.33), (0.62, 0.92))
 _FLAKES = ((0.06, 0.14, 1.0), (0.31, 0.71, 0.66), (0.55, 0.33, 1.1), (0.82, 0.90, 0.78))
-_BANKS, _FOG_REPEATS = 1, 128
-"""Banks of fog along a height, and frames in which each drifts to the place of the next."""
+_BANKS = 1
+"""Banks of fog along a height."""
 
 
 def veil(image: Array, weather: str, time: str) -> None:
@@ -54,10 +54,8 @@ def add_weather(frames: Array, weather: str, time: str) -> None:
     else:
         colour = np.array((0.86, 0.92, 1.0) if weather == "rain" else (1.0, 1.0, 1.0), np.float32) * _LIGHT[time]
     for t, frame in enumerate(frames):
-        if weather == "fog":
-            alpha = _fog(t % _FOG_REPEATS, height, width)
-        else:
-            alpha = _falling(weather, t % _REPEATS[weather], height, width)
+        phase = t % _REPEATS[weather]
+        alpha = _fog(phase, height, width) if weather == "fog" else _falling(weather, phase, height, width)
         frame += alpha[..., None] * (colour - frame)
 
 
@@ -92,11 +90,11 @@ def _falling(weather: str, phase: int, height: int, width: int) -> Array:
     return _shared(alpha * _strength(y, x))
 
 
-@lru_cache(maxsize=_FOG_REPEATS)
-def _fog(t: int, height: int, width: int) -> Array:
+@lru_cache(maxsize=_REPEATS["fog"])
+def _fog(phase: int, height: int, width: int) -> Array:
     """Opacity [H, W] of banks of fog that drift to the right."""
     y, x = _grid(height, width)
-    banks = np.sin(2 * np.pi * (_BANKS * x - t / _FOG_REPEATS) + 3.0 * y)
+    banks = np.sin(2 * np.pi * (_BANKS * x - phase / _REPEATS["fog"]) + 3.0 * y)
     return _shared(0.17 + 0.13 * banks * np.sin(np.pi * np.clip(y * 1.15, 0, 1)))
 
 
