@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import SelfForcingPipeline
 from tests.test_train_tools import toml_lines
 from tests.training_world import SIZES, make_world, stage_settings
 from training import ablation
 from training.ablation_report import as_table, verdicts, write_report
-from training.ablation_scores import Seen, summary, windows_at
+from training.ablation_scores import Seen, make_template, summary, windows_at
+from training.asked import plan_prompts
 from training.compare import BEGIN, END
 from training.curves import Panel, draw
+from training.filming import film_together, make_videos
 from training.judge import save_judge
 from training.pca import PatchPCA
 from training.probe import READ, AttributeProbe
@@ -99,6 +103,46 @@ def test_trains_judges_writes_and_goes_on(world: Path, tmp_path: Path, monkeypat
     assert ablation.main(given) == 0 and (out / "ablation.md").read_text() == text
 
 
+def test_parts_are_made_side_by_side_and_put_together(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ode = json.loads((world / "ode" / "settings.json").read_text())
+    ode["settings"]["run"]["minutes"] = 0.01
+    shutil.copytree(world / "ode", tmp_path / "ode")
+    (tmp_path / "ode" / "settings.json").write_text(json.dumps(ode))
+    out = tmp_path / "ablation"
+    given = arguments(world, out, "--ode", str(tmp_path / "ode"), "--clock", "0.03")
+    assert ablation.main([*given, "--part", "--methods"]) == 0  # real clips alone
+    assert list(out.glob("real-*.npz")) and not (out / "ablation.md").is_file()
+    monkeypatch.setattr(ablation, "see_real", lambda *_: pytest.fail("real clips are looked at once"))
+    assert ablation.main([*given, "--part", "--methods", "dmd"]) == 0
+    assert ablation.main([*given, "--part", "--methods", "teacher", "--sampling", "few"]) == 0
+    assert ablation.main([*given, "--part", "--methods", "teacher", "--sampling", "many"]) == 0
+    run = json.loads((out / "dmd-3" / "settings.json").read_text())["settings"]["run"]
+    assert run["minutes"] == pytest.approx(0.02) and run["schedule"] == "minutes"
+    for name in ("dmd-3", "teacher-3"):  # as from another machine: weights stay there
+        for part in ("transformer", "checkpoints"):
+            shutil.rmtree(out / name / part)
+    monkeypatch.undo()
+    monkeypatch.setattr(ablation, "launch", lambda *_: pytest.fail("what is finished is not trained again"))
+    assert ablation.main([*given, "--methods", "teacher", "dmd"]) == 0
+    text = (out / "ablation.md").read_text()
+    assert "0.03 minutes by the clock a run" in text and "| Teacher forcing, 16 steps, seed 3 |" in text
+    steps = json.loads((out / "dmd-3-steps.json").read_text())
+    row = next(line for line in text.splitlines() if line.startswith("| Self-Forcing, DMD, seed 3 |"))
+    assert steps >= 1 and row.endswith(f" | 0.0 | {steps} |")
+
+
+def test_videos_rolled_out_together_are_those_of_the_pipeline(world: Path, tmp_path: Path) -> None:
+    folder = make_template(world / "ode", world, tmp_path / "model")
+    prompts = plan_prompts(2, 5)
+    together = list(film_together(folder, "cpu")(prompts, 3.0))
+    alone = make_videos(SelfForcingPipeline.from_pretrained(folder, device="cpu"), prompts, 3.0)
+    for one, other in zip(together, alone, strict=True):
+        assert one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
+    assert np.abs(together[0].astype(int) - together[1]).mean() > 1
+
+
 def test_steps_follow_from_what_they_cost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"ode": 0.125, "teacher": 0.25, "dmd": 0.5}
 
@@ -166,7 +210,7 @@ def test_the_same_videos_are_no_distance_apart() -> None:
 def scores(quality: float, distance: float = 1.0) -> dict:
     at = {"5": {"following": 0.9, "quality": quality, "motion": 1.0, "distance": distance}}
     curves = {"quality": [1.0, quality], "following": [0.9, None], "motion": [1.0, 0.5]}
-    return {"fps": 30.0, "processor_minutes": 29.5, "at": at, "curves": curves, "seconds": [1.0, 3.0]}
+    return {"fps": 30.0, "minutes": 29.5, "steps": 70, "at": at, "curves": curves, "seconds": [1.0, 3.0]}
 
 
 def test_report_says_what_held(tmp_path: Path) -> None:
@@ -181,7 +225,7 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         "* Self-Forcing, DMD, quality at 5 s: better than Teacher forcing; undecided against ODE regression."
     )
     assert lines[2].endswith("distance at 5 s: worse than Teacher forcing, ODE regression.")
-    assert as_table(results).splitlines()[2] == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 |"
+    assert as_table(results).splitlines()[2] == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write_report(document, results, ablation.parse([]))

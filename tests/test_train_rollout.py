@@ -30,6 +30,19 @@ def settings(**changes: Any) -> RolloutSettings:
     return RolloutSettings(**(sizes | changes))
 
 
+def test_noise_drawn_where_it_is_used_is_a_function_of_step_and_purpose() -> None:
+    cpu = torch.device("cpu")
+    draws = Draws(0, 1, range(4, 6), 8, "device")
+    again, later = Draws(0, 1, range(4, 6), 8, "device"), Draws(0, 2, range(4, 6), 8, "device")
+    noise = draws.normal("x", (3000,), cpu, torch.float32)
+    assert noise.shape == (2, 3000) and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise, again.normal("x", (3000,), cpu, torch.float32))
+    assert not torch.equal(noise, later.normal("x", (3000,), cpu, torch.float32))
+    assert not torch.equal(noise, draws.normal("y", (3000,), cpu, torch.float32))
+    assert draws.uniform("u", 3).shape == (2, 3) and torch.equal(draws.uniform("u", 3), again.uniform("u", 3))
+
+
 def make(network: Any, chosen: RolloutSettings) -> Rollout:
     return Rollout(network, chosen, (CHANNELS, HEIGHT, WIDTH), CPU, FLOAT)
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import GenerationRequest, SelfForcingPipeline
-from pipeline.errors import WeightsError
+from pipeline.errors import InvalidSettings, WeightsError
 from tests.training_world import SIZES, make_world, stage_settings
 from training import export
 from training.__main__ import main
 from training.draws import Draws
 from training.flow import CausalStage
+from training.loop import steps_in_all, train
 from training.network import WEIGHTS_FILE
 from training.parallel import processes
 from training.settings_file import as_plain
@@ -144,6 +145,33 @@ def test_a_stage_stops_when_its_time_is_over_and_goes_on(world: Path, tmp_path: 
     assert run_stage("teacher", stage_settings("teacher", world, tmp_path, **changes)) == 1
     assert run_stage("teacher", stage_settings("teacher", world, tmp_path, **changes)) == 2
     assert run_stage("teacher", stage_settings("teacher", world, tmp_path, run__steps=4)) == 4
+
+
+def test_helpers_put_the_same_clips_together(world: Path, tmp_path: Path) -> None:
+    """Also in a run that is continued, and whatever the number of helpers."""
+    changes = {"run__steps": 4, "clips__later_windows": 0.5}
+    alone = stage_settings("causal", world, tmp_path / "alone", **changes)
+    assert run_stage("causal", alone) == 4
+    helped = {"run__workers": 2, **changes}
+    assert run_stage("causal", stage_settings("causal", world, tmp_path / "helped", **helped, run__minutes=1e-6)) == 1
+    assert run_stage("causal", stage_settings("causal", world, tmp_path / "helped", **helped)) == 4
+    expected = weights(tmp_path / "alone")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "helped").items())
+
+
+def test_rates_follow_the_clock_where_that_is_the_budget(world: Path, tmp_path: Path) -> None:
+    assert steps_in_all(10, 0, 5.0, 0.5, 10**7) == 60 and steps_in_all(20, 10, 5.0, 0.5, 10**7) == 70
+    assert steps_in_all(100, 0, 50.0, 0.5, 10**7) == 101  # over time: the step at hand is the last one
+    assert steps_in_all(1, 0, 1e-3, 0.5, 40) == 40
+    by_the_clock = {"run__steps": 10**6, "run__minutes": 0.03, "run__schedule": "minutes"}
+    settings = stage_settings("teacher", world, tmp_path, **by_the_clock, optimizer__flat_until=0.5)
+    with processes(settings.run) as group:
+        stage = STAGES["teacher"](settings, group)
+        steps = train(stage, "teacher", group)
+    rate = stage.trainees["generator"].optimizers[0].param_groups[0]["lr"]
+    assert stage.steps < 10 * steps and rate < 0.9 * settings.optimizer.rate
+    with pytest.raises(InvalidSettings, match="say how many"):
+        stage_settings("teacher", world, tmp_path, run__schedule="minutes")
 
 
 @pytest.mark.parametrize("name", ["teacher", "ode"])

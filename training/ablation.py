@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,9 +22,19 @@ from typing import Any
 from pipeline.errors import TrainingError, WeightsError
 from training import console
 from training.ablation_report import write_report
-from training.ablation_scores import Seen, make_template, model_folder, score_run, see_real, summary
+from training.ablation_scores import (
+    Seen,
+    load_seen,
+    make_template,
+    model_folder,
+    save_seen,
+    score_run,
+    see_real,
+    speed,
+    summary,
+)
 from training.asked import plan_prompts
-from training.checkpoints import SETTINGS_FILE
+from training.checkpoints import SETTINGS_FILE, newest_checkpoint
 from training.judge import SHIPPED, load_judge
 from training.launching import launch, value
 from training.report import rounded
@@ -36,6 +47,9 @@ logger = logging.getLogger(__name__)
 EVALUATION_SEED = 21
 CALIBRATION_STEPS = (2, 10)
 """A stage is run for so many steps twice; what the second takes longer is what its further steps cost."""
+FPS_SECONDS = 5.0
+MANY_STEPS = 10**7
+"""What a run that ends by the clock has for `run.steps`."""
 BUDGET_TOLERANCE = 0.15
 """By how much of the budget a run that is taken from elsewhere may be cheaper or dearer."""
 
@@ -93,12 +107,22 @@ class Ablation:
             method = METHODS[name]
             for seed in self.options.seeds:
                 run, minutes = self.train(name, seed, plan["steps"][name])
-                spent = {"processor_minutes": minutes + (plan["ode_minutes"] if method.from_ode else 0.0)}
-                for steps in (None, *([method.many_steps] if method.many_steps else [])):
+                spent = {"minutes": minutes + (plan["ode_minutes"] if method.from_ode else 0.0)}
+                spent["steps"] = self.finished_steps(run)
+                for steps in self.samplings(method):
                     label = method.label + (f", {steps} steps" if steps else "")
                     results.setdefault(label, {})[seed] = spent | self.judge(run, steps)
-        results["Real clips"] = {0: summary(self._real(other=True), self.real)}
+                    if not self.options.part:
+                        results[label][seed]["fps"] = self.fps(steps)
+        real = self.real  # a part without methods makes it for the others
+        if not self.options.part:
+            results["Real clips"] = {0: summary(self._real(other=True), real)}
         return results
+
+    def samplings(self, method: Method) -> list[int | None]:
+        """With how many steps a method is judged; None: those of the model's own sampler."""
+        both = {"few": None, "many": method.many_steps}
+        return [steps for name, steps in both.items() if steps != 0 and self.options.sampling in (name, "both")]
 
     def plan(self) -> dict[str, Any]:
         """Steps for each method, so that all take the same processor time; made once and kept.
@@ -107,6 +131,9 @@ class Ablation:
             TrainingError: the folder was begun with another budget, or the ODE start alone takes all of it.
         """
         options, path = self.options, self.out / "plan.json"
+        if options.clock is not None:
+            ode = json.loads((options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["minutes"]
+            return {"ode_minutes": ode, "steps": dict.fromkeys(options.methods, MANY_STEPS)}
         budget = {"minutes": options.minutes, "steps": options.steps, "processes": options.processes}
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"budget": budget, "costs": {}}
         if difference := first_difference(kept["budget"], budget):
@@ -159,6 +186,9 @@ class Ablation:
         # The whole section: a file that describes a fresh network has sizes there.
         changes.append(f"network={{init={json.dumps(str(options.ode if method.from_ode else options.start))}}}")
         changes += method.changes
+        if options.clock is not None:
+            minutes = options.clock - (self.plan()["ode_minutes"] if method.from_ode else 0.0)
+            changes += [f"run.minutes={minutes}", 'run.schedule="minutes"', f"run.checkpoint_every={MANY_STEPS}"]
         if method.stage in ("dmd", "sid"):
             changes.append(value("score.teacher.init", options.teacher))
         if method.stage == "ode":
@@ -166,7 +196,7 @@ class Ablation:
         return [*changes, *options.set]
 
     def train(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
-        """The folder of a finished run, and the processor minutes it took over all its starts."""
+        """The folder of a finished run, and the minutes it took over all its starts: of the processor or the clock."""
         run, spent = self.out / f"{name}-{seed}", self.out / f"{name}-{seed}-minutes.json"
         if self.options.reuse is not None and METHODS[name].from_ode:
             return self.reused(name, seed, steps)
@@ -175,7 +205,10 @@ class Ablation:
             logger.info("%s, seed %d: %d steps", METHODS[name].label, seed, steps)
             changes = self.changes(name, seed, steps, run)
             taken += launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
+            if self.options.clock is not None:
+                taken = self.options.clock - (self.plan()["ode_minutes"] if METHODS[name].from_ode else 0.0)
             spent.write_text(json.dumps(taken), encoding="utf-8")
+            run.with_name(f"{run.name}-steps.json").write_text(json.dumps(self.finished_steps(run)), encoding="utf-8")
         return run, taken
 
     def reused(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
@@ -205,28 +238,47 @@ class Ablation:
 
     def finished_steps(self, run: Path) -> int:
         """Steps of a finished run, which time may have ended before its settings did."""
-        done = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*[0-9]")]
-        said = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["steps"]
-        return max(done, default=said)
+        newest = newest_checkpoint(run)
+        counted = run.with_name(f"{run.name}-steps.json")
+        if newest is None and counted.is_file():  # a run that was brought from elsewhere, without its weights
+            return json.loads(counted.read_text(encoding="utf-8"))
+        settings = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
+        return settings["run"]["steps"] if newest is None else int(newest.name.removeprefix("step-"))
 
     @cached_property
     def real(self) -> Seen:
-        return self._real(other=False)
+        path = self.out / f"real-{self.asked}.npz"
+        if not path.is_file():
+            save_seen(self._real(other=False), path)
+        return load_seen(path)
+
+    @property
+    def asked(self) -> str:
+        return f"{self.options.prompts}x{'-'.join(f'{mark:g}' for mark in self.options.seconds)}"
 
     def _real(self, other: bool) -> Seen:
         info = json.loads((self.template / "model_index.json").read_text(encoding="utf-8"))["settings"]
         shape = (round(self.options.seconds[-1] * FPS), info["height"], info["width"])
         return see_real(self.probe, self.prompts, self.options.seconds, shape, other)
 
+    def fps(self, steps: int | None) -> float:
+        """Frames a second with so many denoising steps. The same for all methods: their networks are alike."""
+        path = self.out / f"fps{f'-{steps}steps' if steps else ''}.json"
+        if not path.is_file():
+            folder = model_folder(self.options.ode, self.template, self.out / "models" / "fps", steps)
+            path.write_text(json.dumps(speed(folder, self.prompts[0], min(FPS_SECONDS, self.options.seconds[-1]))))
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def judge(self, run: Path, steps: int | None) -> dict[str, Any]:
         """Scores of a run, remembered in a file."""
         options = self.options
-        asked = f"{options.prompts}x{'-'.join(f'{mark:g}' for mark in options.seconds)}"
-        path = self.out / "scores" / f"{run.name}{f'-{steps}steps' if steps else ''}-{asked}.json"
+        name = f"{run.name}{f'-{steps}steps' if steps else ''}"
+        path = self.out / "scores" / f"{name}-{self.asked}.json"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            folder = model_folder(run, self.template, self.out / "model", steps)
-            scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.processes)
+            folder = model_folder(run, self.template, self.out / "models" / name, steps)
+            scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.device)
+            shutil.rmtree(folder)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(rounded(scores)), encoding="utf-8")
             partial.replace(path)
@@ -245,12 +297,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--configs", type=Path, default=Path("training/configs"), help="the settings files")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="runs and scores")
     parser.add_argument("--document", type=Path, default=Path("docs/ablation.md"), help="where table and curves go")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
     parser.add_argument("--minutes", type=float, default=30.0, help="processor minutes a run; 15 minutes of two cores")
+    parser.add_argument(
+        "--clock",
+        type=float,
+        metavar="MINUTES",
+        help="minutes by the clock a run instead: for runs that stand side by side on one GPU",
+    )
+    parser.add_argument(
+        "--part",
+        action="store_true",
+        help="train and judge --methods and --seeds, and write no report: several parts may be made at once, and the "
+        "same command without this option puts them together",
+    )
+    parser.add_argument("--sampling", choices=("few", "many", "both"), default="both", help="what is judged")
+    parser.add_argument("--device", default="cpu", help="where videos are made")
     parser.add_argument("--steps", type=console.whole_number(1), help="so many steps a run instead, whatever they cost")
     parser.add_argument(
-        "--processes", type=console.whole_number(1), default=2, help="of a training and of its rollouts"
+        "--processes", type=console.whole_number(1), default=2, help="of a training"
     )
     parser.add_argument("--prompts", type=console.whole_number(1), default=16, help="long videos for each network")
     parser.add_argument(
@@ -275,7 +341,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0, or 2 for what cannot be used or did not work."""
     options = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return console.run(lambda: write_report(options.document, Ablation(options).run(), options))
+
+    def work() -> None:
+        results = Ablation(options).run()
+        if not options.part:
+            write_report(options.document, results, options)
+
+    return console.run(work)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ def as_table(results: Results) -> str:
     """One row for each method and seed; the measures are given at each mark, separated by slashes."""
     marks = list(next(iter(next(iter(results.values())).values()))["at"])
     when = " / ".join(marks)
-    header = ["", *(f"{label} at {when} s" for label in MEASURES.values()), "FPS", "processor minutes"]
+    header = ["", *(f"{label} at {when} s" for label in MEASURES.values()), "FPS", "minutes", "steps"]
     table = [header, ["---"] * len(header)]
     for label, seeds in results.items():
         for seed, scores in seeds.items():
             name = label if label == REAL else f"{label}, seed {seed}"
             cells = [" / ".join(number(scores["at"][mark][measure]) for mark in marks) for measure in MEASURES]
-            fps, minutes = number(scores.get("fps"), 1), number(scores.get("processor_minutes"), 1)
-            table.append([name, *cells, fps, minutes])
+            spent = [number(scores.get(name), digits) for name, digits in (("fps", 1), ("minutes", 1), ("steps", 0))]
+            table.append([name, *cells, *spent])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
 
 
@@ -96,7 +96,11 @@ def write_report(document: Path, results: Results, options: argparse.Namespace) 
         TrainingError: it has no place for them, or cannot be written.
     """
     charts, seconds = panels(results)
-    budget = f"{options.steps} steps" if options.steps is not None else f"{options.minutes:g} processor minutes"
+    budget = f"{options.minutes:g} processor minutes"
+    if options.clock is not None:
+        budget = f"{options.clock:g} minutes by the clock"
+    elif options.steps is not None:
+        budget = f"{options.steps} steps"
     spread = mean_of(len(seeds) for label, seeds in results.items() if label != REAL)
     text = (
         f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all.\n\n"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from training.asked import Prompt
 from training.compare import features, frechet_distance
 from training.drift import Row, mean_of, measure, parts_of_quality, quality, rows
 from training.export import export
-from training.filming import Crew, film_with, frames_per_second, real_video
+from training.filming import film_together, frames_per_second, real_video
 from training.network import load_network
 from training.probe import WINDOW, AttributeProbe
 from training.settings import NetworkSettings
@@ -29,7 +29,7 @@ Array = np.ndarray
 
 SPAN = 2
 """Windows before a mark that count for it: about four seconds."""
-FPS_SECONDS, OTHER_CLIPS = 5.0, 10**8
+OTHER_CLIPS = 10**8
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,20 @@ def make_template(ode: Path, data: Path, folder: Path) -> Path:
     return folder
 
 
+def save_seen(seen: Seen, path: Path) -> None:
+    """Write what was seen, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        arrays = {f"{mark:g}": found for mark, found in seen.features.items()}
+        np.savez_compressed(file, rows=json.dumps(seen.rows), **arrays)
+    partial.replace(path)
+
+
+def load_seen(path: Path) -> Seen:
+    with np.load(path) as file:
+        return Seen(json.loads(str(file["rows"])), {float(mark): file[mark] for mark in file.files if mark != "rows"})
+
+
 def windows_at(mark: float, count: int) -> range:
     """The windows just before a mark in seconds, of a video of `count` windows."""
     end = min(count, max(1, round(mark * FPS / WINDOW)))
@@ -99,15 +113,16 @@ def see_real(
 
 
 def score_run(
-    folder: Path, probe: AttributeProbe, prompts: Sequence[Prompt], real: Seen, seconds: Sequence[float], processes: int
+    folder: Path, probe: AttributeProbe, prompts: Sequence[Prompt], real: Seen, seconds: Sequence[float], device: str
 ) -> dict[str, Any]:
-    """Roll out to the last mark; see `summary` for what comes back, and `fps` of one stream alone besides."""
-    pipeline = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-    fps = frames_per_second(pipeline, prompts[0], min(FPS_SECONDS, seconds[-1]))
-    with nullcontext(film_with(pipeline)) if processes == 1 else Crew(folder, processes) as film:
-        videos = tqdm(film(prompts, seconds[-1]), folder.name, len(prompts), disable=None)
-        seen = see(probe, videos, prompts, seconds)
-    return {"fps": fps, **summary(seen, real)}
+    """Roll out to the last mark; see `summary` for what comes back."""
+    videos = tqdm(film_together(folder, device)(prompts, seconds[-1]), folder.name, len(prompts), disable=None)
+    return summary(see(probe, videos, prompts, seconds), real)
+
+
+def speed(folder: Path, prompt: Prompt, seconds: float) -> float:
+    """Frames a second of one stream alone, on the CPU."""
+    return frames_per_second(SelfForcingPipeline.from_pretrained(folder, device="cpu"), prompt, seconds)
 
 
 def summary(seen: Seen, real: Seen) -> dict[str, Any]:

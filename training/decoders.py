@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.taehv import TAEHV
+from training import console
 from training.codecs import Codec, TaehvCodec, WanCodec
 from training.data import ClipDataset
 from training.decoder_batches import Batch, Batches, Part, Phase
@@ -305,9 +306,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--init", type=Path, help="folder of a model of this kind to go on from")
     parser.add_argument("--matrix-rate", type=float, default=DecoderConfig.matrix_rate)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=console.whole_number(1), default=1, help="of torch, on the CPU")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     config = DecoderConfig(
         kind=options.kind,
         minutes=options.minutes,

@@ -1,7 +1,8 @@
 """Random numbers as a function of (seed, step, what for, which sample) and of nothing else.
 
 Nothing is drawn from a running stream. So a run that was killed and continued sees the numbers it would have seen,
-and a global batch gets the same numbers however it is cut into processes and parts.
+and a global batch gets the same numbers however it is cut into processes and parts. Noise drawn on a GPU is the one
+exception, and has to be asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,12 +27,15 @@ class Draws:
         step: the training step.
         samples: numbers, within the step's global batch, of the part's clips.
         total: clips in the global batch.
+        noise: `device`: a part's numbers are drawn at once, noise where it is used, which a GPU does in no time; they
+            then depend on the device and on how the batch is cut.
     """
 
     seed: int
     step: int
     samples: Sequence[int]
     total: int
+    noise: Literal["portable", "device"] = "portable"
 
     def shared(self, purpose: str) -> np.random.Generator:
         """The same stream on every process and for every part of the batch."""
@@ -41,7 +46,10 @@ class Draws:
         return [np.random.default_rng(self._key(purpose, sample)) for sample in self.samples]
 
     def normal(self, purpose: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Gaussian noise [clips of this part, *shape], drawn on the CPU in float32."""
+        """Gaussian noise [clips of this part, *shape], drawn in float32; on the CPU unless `noise` says otherwise."""
+        if self.noise == "device":
+            generator = torch.Generator(device).manual_seed(self._key(purpose, self.samples[0]))
+            return torch.randn((len(self.samples), *shape), generator=generator, device=device).to(dtype)
         clips = []
         for sample in self.samples:
             generator = torch.Generator().manual_seed(self._key(purpose, sample))
@@ -57,6 +65,9 @@ class Draws:
 
     def uniform(self, purpose: str, columns: int) -> torch.Tensor:
         """Independent uniform numbers in 0..1, float32 [clips of this part, columns]."""
+        if self.noise == "device":
+            rng = np.random.default_rng(self._key(purpose, self.samples[0]))
+            return torch.from_numpy(rng.random((len(self.samples), columns))).float()
         return torch.from_numpy(np.stack([rng.random(columns) for rng in self.own(purpose)])).float()
 
     def integers(self, purpose: str, high: int, columns: int = 1) -> torch.Tensor:

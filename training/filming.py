@@ -19,9 +19,17 @@ import numpy as np
 import torch
 
 from pipeline import GenerationRequest
-from pipeline.config import ModelSpec
+from pipeline.config import ModelSpec, clean_prompt
+from pipeline.decoder import WanStreamDecoder
 from pipeline.errors import TrainingError
+from pipeline.folder import ModelFolder
+from pipeline.generator import to_uint8
+from pipeline.rotary import to_device
+from pipeline.sampler import block_noise
+from pipeline.text import TextEncoder
 from training.asked import Prompt
+from training.rollout import Rollout, RolloutPlan
+from training.settings import RolloutSettings
 from training.world import FPS, render
 
 Array = np.ndarray
@@ -73,6 +81,45 @@ def frames_per_second(generator: Generator, prompt: Prompt, seconds: float, taeh
     make_video(generator, prompt, 1.0, taehv)
     started = time.perf_counter()
     return len(make_video(generator, prompt, seconds, taehv)) / (time.perf_counter() - started)
+
+
+def film_together(folder: Path, device: torch.device | str) -> Film:
+    """Videos of all prompts, rolled out as one batch: a small model leaves a GPU with nothing to do otherwise.
+
+    Sampler, cache, noise and arithmetic (float32) are those of the pipeline; only the decoder takes turns.
+    """
+    source = ModelFolder(folder)
+    spec = source.spec
+    network, vae = (source.load(name, torch.float32).to(device) for name in ("transformer", "vae"))
+    text = TextEncoder(source.load("text_encoder", torch.float32).to(device), source.load_tokenizer(), spec.text_len)
+    shape = spec.latent_shape(network.config.in_channels)
+
+    @torch.inference_mode()
+    def film(prompts: Sequence[Prompt], seconds: float) -> Iterator[Array]:
+        settings = RolloutSettings(
+            height=shape[1],
+            width=shape[2],
+            block_frames=spec.frames_per_block,
+            num_blocks=spec.blocks_for(seconds, FPS),
+            window_frames=spec.window_frames,
+            sink_frames=spec.sink_frames,
+            positions=spec.positions,
+            denoising_steps=spec.denoising_steps,
+            shift=spec.shift,
+            context_noise=spec.context_noise,
+        )
+        size = (spec.frames_per_block, *shape)
+
+        def noise(block: int, step: int) -> torch.Tensor:
+            drawn = [block_noise(prompt.seed, block, step, size) for prompt in prompts]
+            return to_device(torch.stack(drawn), torch.device(device))
+
+        embeds = text.encode([clean_prompt(prompt.caption) for prompt in prompts])
+        rollout = Rollout(network, settings, shape, torch.device(device), torch.float32)
+        for latents in rollout([embeds], RolloutPlan.full(settings), noise, gradients=False):
+            yield to_uint8(WanStreamDecoder(vae).decode(latents.unsqueeze(0)), 0)
+
+    return film
 
 
 class Crew:

@@ -7,12 +7,15 @@ which cost a fraction of a clip and teach scenes, shapes and colours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.masks import frame_mask, teacher_forcing
 from pipeline.sampler import TRAIN_STEPS, FlowSchedule, add_noise, shifted_time
+from training.ahead import Ahead
 from training.clips import ClipBatch, ClipSampler, open_clips
 from training.draws import Draws
 from training.losses import flow_loss
@@ -42,6 +45,7 @@ class FlowStage(Stage[FlowSettings]):
             compute_dtype=processes.compute_dtype,
         )
         self.clips = ClipSampler(open_clips(settings.clips), settings.clips, settings.block_frames)
+        self.ahead = Ahead(self._draw, settings.run.steps, settings.run.workers)
 
     @classmethod
     def check(cls, settings: FlowSettings) -> None:
@@ -54,20 +58,27 @@ class FlowStage(Stage[FlowSettings]):
         )
 
     def step(self, step: int) -> Metrics:
-        settings = self.settings
-        progress = step / settings.run.steps
-        frames, shift = self._arrangement(step, progress)
-        # Shorter windows come in larger numbers: a step costs about the same whatever its arrangement.
-        parts = self.parts(step, settings.run.batch * (settings.clips.frames // frames))
-        loss = self.learn(
-            (self.loss(self.clips.draw(part, frames), part, shift, progress) for part in parts), len(parts)
-        )
+        progress = step / self.steps
+        frames, shift = self._arrangement(step)
+        parts = self._parts(step, frames)
+        drawn = zip(self.ahead(step), parts, strict=True)
+        loss = self.learn((self.loss(clips, part, shift, progress) for clips, part in drawn), len(parts))
         norm = self.trainees["generator"].step(step)
         return {f"loss/{frames}": loss, "norm": norm}
 
-    def _arrangement(self, step: int, progress: float) -> tuple[int, float]:
+    def _parts(self, step: int, frames: int) -> list[Draws]:
+        """Shorter windows come in larger numbers: a step costs about the same whatever its arrangement."""
+        return self.parts(step, self.settings.run.batch * (self.settings.clips.frames // frames))
+
+    def _draw(self, step: int) -> Iterator[ClipBatch]:
+        """A step's clips, part by part."""
+        frames, _ = self._arrangement(step)
+        return (self.clips.draw(part, frames) for part in self._parts(step, frames))
+
+    def _arrangement(self, step: int) -> tuple[int, float]:
         """Window length of a step, and how strongly its noise levels lean to noise."""
         settings = self.settings
+        progress = step / settings.run.steps
         if not settings.curriculum:
             return settings.clips.frames, settings.shift
         shares = [phase[1:] for phase in settings.curriculum if progress >= phase[0]][-1]
@@ -89,9 +100,9 @@ class FlowStage(Stage[FlowSettings]):
         else:
             flow = self.score.flow(noisy, times, text)
         emphasis = settings.subject_weight * max(0.0, 1 - progress / 0.9)
-        near_subject = F.max_pool2d((clips.subject > 0.04).float(), 3, stride=1, padding=1)
-        weight = learnt[..., None, None] * (1 + emphasis * near_subject)  # [B, F, h, w]
-        return flow_loss(flow, clean, noise, weight.unsqueeze(2).to(clean).expand_as(clean))
+        near_subject = F.max_pool2d((clips.subject.to(device) > 0.04).to(clean), 3, stride=1, padding=1)
+        weight = learnt.to(clean)[..., None, None] * (1 + emphasis * near_subject)  # [B, F, h, w]
+        return flow_loss(flow, clean, noise, weight.unsqueeze(2).expand_as(clean))
 
     def levels(self, clips: ClipBatch, draws: Draws, shift: float) -> tuple[Tensor, Tensor]:
         """Noise levels 0..1 and which frames are learnt (1 or 0), float32 [B, F]."""

@@ -43,7 +43,7 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
     checkpoints.check()
     doing = "when the run was continued"
     with explained(out, processes, lambda: stage.saved(stage.settings), lambda: doing):
-        step = resume(stage, checkpoints)
+        step = first = resume(stage, checkpoints)
         started = time.monotonic()
         quiet = None if processes.leads else True
         with (
@@ -52,6 +52,8 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
         ):
             while step < run.steps:
                 doing = f"in step {step + 1}"
+                if run.schedule == "minutes" and step > first:
+                    stage.expect(steps_in_all(step, first, time.monotonic() - started, run.minutes, run.steps))
                 metrics = stage.step(step)
                 step += 1
                 bar.update()
@@ -76,6 +78,11 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
         doing = "when the weights were handed on"
         hand_on(stage, checkpoints, out)
     return step
+
+
+def steps_in_all(step: int, first: int, seconds: float, minutes: float, most: int) -> int:
+    """Steps a run will have had at the end of its minutes, if those to come take as long as those from `first` on."""
+    return max(step + 1, min(most, first + round((step - first) * 60 * minutes / seconds)))
 
 
 @contextmanager

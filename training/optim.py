@@ -59,23 +59,25 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     alike[matrix.shape].append(matrix)
             for shape, matrices in alike.items():
-                updates = torch.stack([whole(self._momentum(matrix, group["momentum"])) for matrix in matrices])
+                updates = torch.stack([whole(momentum) for momentum in self._momenta(matrices, group["momentum"])])
                 updates = orthogonalise(updates) * max(1, shape[0] / shape[1]) ** 0.5
                 for matrix, update in zip(matrices, updates.to(matrices[0].dtype).unbind(), strict=True):
                     local(matrix).add_(_like(update, matrix), alpha=-group["lr"])
 
-    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
-        state = self.state[matrix]
-        if not state:
-            state["velocity"] = torch.zeros_like(matrix)
-        velocity = state["velocity"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(velocity, momentum)
+    def _momenta(self, matrices: Sequence[nn.Parameter], momentum: float) -> list[Tensor]:
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["velocity"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices]
+        velocities = [self.state[matrix]["velocity"] for matrix in matrices]
+        torch._foreach_lerp_(velocities, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, velocities, momentum))
 
 
 def _like(update: Tensor, matrix: Tensor) -> Tensor:
     """This process's part of an update that every process has whole."""
-    if not isinstance(matrix, DTensor):
-        return update
+    if not isinstance(matrix, DTensor) or matrix.device_mesh.size() == 1:
+        return update.to(local(matrix).device)
     part = distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None).to_local()
     return part.to(local(matrix).device)  # weights that wait in main memory are not where the mesh is
 
@@ -98,8 +100,8 @@ class WeightAverage:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.ramp else self.decay
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            local(average).lerp_(local(parameter.detach()), 1 - decay)
+        averages, parameters = [local(average) for average in self.average], [local(p) for p in self.parameters]
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
 
     @torch.no_grad()
     def restart(self) -> None:

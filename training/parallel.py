@@ -2,7 +2,7 @@
 
 Started by `torchrun`, the processes find each other; started plainly, there is one, and everything runs the same way
 with a group of one. Every network is sharded by itself: block by block, so that one block's weights are whole at a
-time, and what remains as a last group.
+time, and what remains as a last group. One process alone has all of them whole all the time.
 """
 
 from __future__ import annotations
@@ -67,12 +67,15 @@ class Processes:
             cast_forward_inputs=False,
         )
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        # One process has all weights anyway: blocks of their own, gathered for every pass, would only take time.
+        spread = self.count > 1 or self.cpu_offload
+        options = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": spread}
         module = module.to(self.device)
-        for block in getattr(module, "blocks", ()):
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        for block in getattr(module, "blocks", ()) if spread else ():
+            fully_shard(block, **options)
             if hasattr(block, "text_kv"):
                 register_fsdp_forward_method(block, "text_kv")
-        fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(module, **options)
         if hasattr(module, "encode_text"):
             register_fsdp_forward_method(module, "encode_text")
         return module
@@ -164,7 +167,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # One process has all of it, unless its weights wait in main memory and are to be computed with on the GPU.
+    here = tensor.device_mesh.size() == 1 and tensor.to_local().device.type == tensor.device_mesh.device_type
+    return tensor.to_local() if here else tensor.full_tensor()
 
 
 def gather_again(module: nn.Module) -> None:

@@ -42,9 +42,17 @@ class RunSettings:
     seed: int = 0
     minutes: float = 0.0
     """Stop after so much time in this start, with a checkpoint; 0: never."""
+    schedule: Literal["steps", "minutes"] = "steps"
+    """What the course of the rates is laid out for. `minutes`: as many steps as fit into `minutes`, estimated on the
+    way; for comparisons in which everyone gets the same time. A curriculum follows `steps` all the same."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """What networks compute in. Weights and optimisers stay in float32 (float64 for float64)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    noise: Literal["portable", "device"] = "portable"
+    """`portable`: the same noise on every device and however the batch is cut. `device`: drawn where it is used, for
+    small networks and large batches on a GPU, which would wait for the CPU."""
+    workers: int = 0
+    """Processes beside each training process that put its clips together ahead of time; 0: none."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile the blocks of networks that learn: minutes once, then about a fifth less time a step on a CPU."""
@@ -61,10 +69,15 @@ class RunSettings:
         within("run.steps", self.steps, 1, 10**9)
         within("run.batch", self.batch, 1, 10**6)
         within("run.micro_batch", self.micro_batch, 0, self.batch)
+        within("run.workers", self.workers, 0, 256)
         within("run.minutes", self.minutes, 0, 10**6)
         within("run.checkpoint_every", self.checkpoint_every, 1, 10**9)
         within("run.sheet_every", self.sheet_every, 0, 10**9)
         within("run.sheet_clips", self.sheet_clips, 1, 10**4)
+        require(
+            self.schedule == "steps" or self.minutes > 0,
+            "run.schedule is 'minutes', but run.minutes is 0: say how many.",
+        )
         require(bool(self.out), "run.out is empty, but must be a folder.")
         require(not self.sheet_every or bool(self.decoder), "run.sheet_every needs a decoder in run.decoder.")
 

@@ -42,6 +42,14 @@ class Stage(ABC, Generic[Kind]):
         self.text = self.load_text()
         self.without = self.embed([settings.text.negative])
         self.trainees: dict[str, Trainee] = {}
+        self.steps = settings.run.steps
+        """Of the whole run, as far as is known: a run that lasts some minutes finds out on the way."""
+
+    def expect(self, steps: int) -> None:
+        """Lay the course of the rates out for so many steps."""
+        self.steps = steps
+        for trainee in self.trainees.values():
+            trainee.steps = steps
 
     def load_text(self) -> TextEncoder:
         text = load_text_encoder(self.settings.text, self.processes.device)
@@ -101,7 +109,8 @@ class Stage(ABC, Generic[Kind]):
         share = batch // processes.count
         size = run.micro_batch * (batch // run.batch) or share
         begin = processes.rank * share
-        return [Draws(run.seed, step, range(start, start + size), batch) for start in range(begin, begin + share, size)]
+        starts = range(begin, begin + share, size)
+        return [Draws(run.seed, step, range(start, start + size), batch, run.noise) for start in starts]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, text_len, text_dim] on the run's device, in what networks compute in."""
