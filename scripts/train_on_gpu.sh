@@ -25,7 +25,7 @@ PYTHON
 mkdir -p "$CACHE/text" "$OUT"
 cp -r weights/embedded/{text_encoder,tokenizer} "$CACHE/text/"
 cp -r weights/embedded/{vae,taehv} "$CACHE/"
-"$PYTHON" -m training.data --out "$CACHE" --clips "$CLIPS" --pixel-clips 8 --pca weights/probe/pca.safetensors \
+[ -f "$CACHE/dataset.json" ] || "$PYTHON" -m training.data --out "$CACHE" --clips "$CLIPS" --pixel-clips 8 --pca weights/probe/pca.safetensors \
     --processes "$(nproc)"
 say "clips rendered"
 

@@ -225,7 +225,8 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         "* Self-Forcing, DMD, quality at 5 s: better than Teacher forcing; undecided against ODE regression."
     )
     assert lines[2].endswith("distance at 5 s: worse than Teacher forcing, ODE regression.")
-    assert as_table(results).splitlines()[2] == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
+    row = as_table(results).splitlines()[2]
+    assert row == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write_report(document, results, ablation.parse([]))

@@ -315,9 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampling", choices=("few", "many", "both"), default="both", help="what is judged")
     parser.add_argument("--device", default="cpu", help="where videos are made")
     parser.add_argument("--steps", type=console.whole_number(1), help="so many steps a run instead, whatever they cost")
-    parser.add_argument(
-        "--processes", type=console.whole_number(1), default=2, help="of a training"
-    )
+    parser.add_argument("--processes", type=console.whole_number(1), default=2, help="of a training")
     parser.add_argument("--prompts", type=console.whole_number(1), default=16, help="long videos for each network")
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0], help="where videos are looked at"

@@ -68,10 +68,8 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["velocity"] = torch.zeros_like(matrix)
-        gradients = [matrix.grad for matrix in matrices]
-        velocities = [self.state[matrix]["velocity"] for matrix in matrices]
-        torch._foreach_lerp_(velocities, gradients, 1 - momentum)
-        return list(torch._foreach_lerp(gradients, velocities, momentum))
+        velocities = [self.state[matrix]["velocity"].lerp_(matrix.grad, 1 - momentum) for matrix in matrices]
+        return [matrix.grad.lerp(velocity, momentum) for matrix, velocity in zip(matrices, velocities, strict=True)]
 
 
 def _like(update: Tensor, matrix: Tensor) -> Tensor:
