@@ -34,6 +34,11 @@ class AdaptedPipeline:
         """Playback rate that a request gets if it names none."""
         self.native_fps = float(getattr(spec, "native_fps", self.fps))
 
+    @property
+    def preset(self) -> dict[str, bool]:
+        """Options that should be on here, for want of memory."""
+        return dict(getattr(self._pipeline, "preset", {}))
+
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         if request.fps is None:
             request = replace(request, fps=self.fps)
