@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         auth = read_auth(options.auth)
         check_exposure(options, auth)
         folder, device = check_model_folder(options.model), check_device_name(options.device)
-        load = load or partial(load_pipeline, memory=check_memory(options.memory))
+        memory = check_memory(options.memory)
+        load = load or partial(load_pipeline, memory=memory)
         home = make_home()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

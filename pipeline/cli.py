@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         request = read_request(options)
         output = read_output(options, request)
         model, device = check_model_folder(options.model), check_device_name(options.device)
-        load = load or partial(load_pipeline, memory=check_memory(options.memory))
+        memory = check_memory(options.memory)
+        load = load or partial(load_pipeline, memory=memory)
         terminate_like_interrupt()
         # Everything said so far came at once; importing torch takes seconds.
         worker = ModelWorker(lambda: load(model, device))

@@ -174,8 +174,8 @@ def advice(report: Report) -> list[str]:
     said += [sentence for sentence in report.options.values() if sentence != "works"]
     if report.memory is None and 2 * report.plan["total"] > report.main_memory:
         said.append(
-            f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine has "
-            f"{_size(report.main_memory)}: take a machine with a GPU, or the embedded model."
+            f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine "
+            f"has {_size(report.main_memory)}: take a machine with a GPU, or the embedded model."
         )
     return said
 

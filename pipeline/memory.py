@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pipeline.cache import CacheWindow
+from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import OptionUnavailable, WeightsError
@@ -66,6 +66,8 @@ class ModelNeeds:
     text_encoder: PartNeeds
     decoders: dict[str, PartNeeds]
     """`vae`, and `taehv` where the model has one."""
+    kv_buffers: int
+    """What of the transformer's `kept` grows with the cache's window; the rest is the prompt's keys and values."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -130,6 +132,7 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
                 for name, make in decoders.items()
                 if name in builders
             },
+            kv_buffers=_kv_buffers(transformer.model, spec, shape, dtype),
         )
 
 
@@ -182,10 +185,11 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     plan = plan_for(rehearse(builders_of(folder), spec, dtype), spec, free)
     if not plan.fits:
+        needed = plan.total + free - (plan.budget or 0)
         raise OptionUnavailable(
-            f"{spec.name} needs {(plan.total + free - (plan.budget or 0)) / GB:.1f} GB of {target.type} memory even with "
-            f"everything made small, and {free / GB:.1f} are free. Close other programs that use it, choose another "
-            "device, or try all the same with --memory off."
+            f"{spec.name} needs {needed / GB:.1f} GB of {target.type} memory even with everything made small, and "
+            f"{free / GB:.1f} are free. Close other programs that use it, choose another device, or try all the same "
+            "with --memory off."
         )
     return plan.placement
 
@@ -238,8 +242,7 @@ def _denoise(
     A fuller window takes no more: the cache has all its buffers from the start, and fused attention makes no scores.
     """
     device = model.device
-    window = CacheWindow(spec.frames_per_block, spec.window_frames, spec.sink_frames, spec.positions)
-    cache = model.make_cache(window, *shape[-2:], device=device, dtype=dtype)
+    cache = _make_cache(model, spec, shape, dtype)
     text = model.encode_text(torch.zeros(1, spec.text_len, model.config.text_dim, device=device, dtype=dtype))
     for block in range(2):
         cache.begin_block(spec.frames_per_block, merged=block > 0)
@@ -248,6 +251,21 @@ def _denoise(
         model(latents, torch.zeros(shape[0], frames, device=device), text, cache=cache)
         del latents
         yield
+
+
+def _make_cache(
+    model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tuple[int, ...], dtype: torch.dtype
+) -> KVCache:
+    window = CacheWindow(spec.frames_per_block, spec.window_frames, spec.sink_frames, spec.positions)
+    return model.make_cache(window, *shape[-2:], device=model.device, dtype=dtype)
+
+
+def _kv_buffers(model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    with LiveBytes(model.device) as counted:
+        cache = _make_cache(model, spec, shape, dtype)
+        taken = counted.live
+        del cache
+    return taken
 
 
 def _decode(decoder: StreamDecoder, shape: tuple[int, ...]) -> Iterator[None]:

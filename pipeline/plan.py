@@ -207,4 +207,5 @@ def _kv_bytes(needs: ModelNeeds, spec: ModelSpec, placement: Placement) -> int:
     whole = 2 * spec.window_frames + spec.sink_frames
     if placement.window_frames is None or placement.sink_frames is None:
         return needs.transformer.kept
-    return round(needs.transformer.kept * (2 * placement.window_frames + placement.sink_frames) / whole)
+    smaller = 2 * placement.window_frames + placement.sink_frames
+    return needs.transformer.kept - needs.kv_buffers + round(needs.kv_buffers * smaller / whole)
