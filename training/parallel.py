@@ -69,7 +69,12 @@ class Processes:
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         # One process has all weights anyway: blocks of their own, gathered for every pass, would only take time.
         spread = self.count > 1 or self.cpu_offload
-        options = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": spread}
+        options = {
+            "mesh": self.mesh,
+            "mp_policy": policy,
+            "offload_policy": offload,
+            "reshard_after_forward": None if spread else False,
+        }
         module = module.to(self.device)
         for block in getattr(module, "blocks", ()) if spread else ():
             fully_shard(block, **options)
