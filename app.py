@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         say(str(error))
         code = EXIT_FAILED
     finally:
-        ended = all([thread.close(timeout=2) for thread in (worker, language) if thread is not None])
+        ended = all(thread.close(timeout=2) for thread in (worker, language) if thread is not None)
         if home is not None:
             home.close()
         if not ended:

@@ -1,4 +1,4 @@
-"""`python -m pipeline enhance "a balloon"`: a suggestion for a prompt on standard output, what there is to say on stderr."""
+"""`python -m pipeline enhance "a balloon"`: a suggestion for a prompt on standard output, notes on stderr."""
 
 from __future__ import annotations
 

@@ -287,7 +287,9 @@ class _Place:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()  # it counts layers; a download has a bar of its own
         local = self.revision is None
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
         if not local:

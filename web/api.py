@@ -25,7 +25,7 @@ MODEL_QUEUE = "model"
 
 
 def add_endpoints(page: Page) -> None:
-    """Add `/generate`, `/stop`, `/enhance`, `/options` and `/video_generation_handler_streaming` to the page's blocks."""
+    """Add the endpoints to the page's blocks: each method of `Endpoints` is one."""
     endpoints = Endpoints(page)
     video = gr.File(label="MP4", visible=False)
     recipe = gr.JSON(label="Recipe", visible=False)

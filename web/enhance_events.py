@@ -24,8 +24,8 @@ def wire_suggestions(page: Page) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     # In the queue, though they never wait there: the page shows no errors of events outside of it.
     aside = {**quiet, "queue": True, "concurrency_limit": None}
-    box.button.click(events.enhance, [prompt, box.by, box.text, box.asked], [box.asked, *box.shown], **aside)
-    box.use.click(events.use, [box.text], [prompt, *box.shown], **aside).success(
+    box.button.click(events.ask, [prompt, box.by, box.text, box.asked], [box.asked, *box.shown], **aside)
+    box.use.click(events.take, [box.text], [prompt, *box.shown], **aside).success(
         None, None, None, js=_focus("#prompt textarea"), **quiet
     )
     box.dismiss.click(events.dismiss, None, box.shown, **quiet).then(None, None, None, js=_focus("#enhance"), **quiet)
@@ -37,7 +37,7 @@ class _SuggestionEvents:
         self._page = page
         self._box = page.ui.suggestion
 
-    def enhance(self, prompt: str, by: str, text: str, asked: str, request: gr.Request) -> Iterator[Values]:
+    def ask(self, prompt: str, by: str, text: str, asked: str, request: gr.Request) -> Iterator[Values]:
         variant, asked = _next_variant(asked, f"{by}|{prompt}")
         help = self._page.help
         try:
@@ -55,7 +55,7 @@ class _SuggestionEvents:
         else:
             yield asked, *self._box.showing(suggestion)
 
-    def use(self, text: str) -> Values:
+    def take(self, text: str) -> Values:
         if not isinstance(text, str) or not text.strip():
             raise refusal(InvalidRequest("The suggestion is empty. Dismiss it, or press Enhance again."))
         return text, *self._box.closed()
