@@ -32,7 +32,7 @@ def add_endpoints(page: Page) -> None:
     progress = gr.JSON(label="Progress", visible=False)
     answer = gr.JSON(label="Answer", visible=False)
     variant = gr.Number(0, label="Variant", visible=False)
-    by = gr.Textbox(label="By", visible=False)
+    by = gr.Textbox("", label="By", visible=False)
     text = gr.Textbox(label="Suggestion", visible=False)
     notes = gr.JSON(label="Notes", visible=False)
     model: dict[str, Any] = {"concurrency_id": MODEL_QUEUE, "concurrency_limit": 1, "show_progress": "hidden"}
