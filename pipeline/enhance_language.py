@@ -166,10 +166,11 @@ class LanguageEnhancer:
         if self._model is None:
             self._model, self._tokenizer = self._place.load()
         assert self._tokenizer is not None
-        text = self._ask(self._model, self._tokenizer, question)
-        return Suggestion(cleaned(text), (f"Written by {self.name}.",))
+        text, unfinished = self._ask(self._model, self._tokenizer, question)
+        return Suggestion(cleaned(text, unfinished), (f"Written by {self.name}.",))
 
-    def _ask(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: _Question) -> str:
+    def _ask(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: _Question) -> tuple[str, bool]:
+        """What the model writes, and whether it would have gone on."""
         import torch
         from transformers import (
             GenerationConfig,
@@ -222,7 +223,10 @@ class LanguageEnhancer:
         )
         if question.over:
             raise question.why_over(loading=False)
-        return tokenizer.decode(whole[0, tokens.shape[1] :], skip_special_tokens=True)
+        written = whole[0, tokens.shape[1] :]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        ended = config.eos_token_id is not None and int(written[-1]) in _as_list(config.eos_token_id)
+        return text, not ended
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
         """[1, T] token numbers of the question, in the form that the model was trained on."""
@@ -347,8 +351,11 @@ def checked_source(source: str) -> _Place:
     return _Place(str(folder), None)
 
 
-def cleaned(text: str) -> str:
+def cleaned(text: str, unfinished: bool = False) -> str:
     """What a language model wrote, as a prompt: one paragraph without thoughts and quotes, within the limits.
+
+    Args:
+        unfinished: It may end in the middle of a sentence, which is then left away, if there are whole ones.
 
     Raises:
         SelfForcingError: nothing is left.
@@ -358,16 +365,20 @@ def cleaned(text: str) -> str:
     text = next((part for part in paragraphs if part), "")
     text = re.sub(r"^\**prompt\**\s*:\**\s*", "", text, flags=re.IGNORECASE).strip("\"'“”` \n")
     if len(text) > MAX_PROMPT_CHARS:
+        unfinished = True
         text = text[:MAX_PROMPT_CHARS].rpartition(" ")[0] or text[:MAX_PROMPT_CHARS]
-    # An answer that ran into its limit ends in the middle of a sentence.
-    if (end := max(text.rfind(mark) for mark in ".!?")) > 0:
-        text = text[: end + 1]
+    if unfinished and (ends := [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]):
+        text = text[: ends[-1]]
     try:
         return checked_prompt(text)
     except InvalidRequest as error:
         raise SelfForcingError(
             "The language model wrote nothing that can be used. Ask again, or write the prompt yourself."
         ) from error
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return [value] if isinstance(value, int) else value
 
 
 def _has_cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:

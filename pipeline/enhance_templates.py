@@ -122,6 +122,15 @@ class TemplateEnhancer:
                 for name in ORDER
             }
             self._verbs = frozenset(verb for verbs in world.verbs.values() for verb in verbs)
+            self._known = {
+                name: {
+                    phrase.replace(VERB, verb)
+                    for phrases in world.attributes[name].values()
+                    for phrase in phrases
+                    for verb in (self._verbs if VERB in phrase else ("",))
+                }
+                for name in ORDER
+            }
             self._reader = AttributeReader(heard, self._verbs, world.negators)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise WeightsError(f"The {source} is damaged or of another version. Get the model folder again.") from error
@@ -281,8 +290,7 @@ class TemplateEnhancer:
 
     def _is_known(self, name: str, mention: Mention) -> bool:
         """Whether these are words that the model knows for it, and not others that people have."""
-        filled = (mention.phrase, *(mention.phrase.replace(verb, VERB) for verb in self._verbs))
-        return any(phrase in self._world.attributes[name][mention.value] for phrase in filled)
+        return mention.phrase in self._known[name]
 
     def _article(self, asked: _Asked, subject: str) -> str:
         starts = [asked.stated[name].places.start for name in ("subject", "colour") if name in asked.stated]

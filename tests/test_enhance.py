@@ -429,20 +429,25 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("written", "prompt"),
+    ("written", "unfinished", "prompt"),
     [
-        ("A red ball rolls.", "A red ball rolls."),
-        ('  "A red ball rolls."\n\nI hope this helps!', "A red ball rolls."),
-        ("**Prompt:** A red ball\nrolls. It is la", "A red ball rolls."),
-        ("<think>Hm. A ball?</think>\n\nA ball.", "A ball."),
-        ("still thinking</think> A ball", "A ball"),
-        ("caf\u00c3\u00a9 &amp; ball", "café & ball"),
-        ("no end " * 2000, None),
+        ("A red ball rolls. It glows", False, "A red ball rolls. It glows"),
+        ("A red ball rolls. It glo", True, "A red ball rolls."),
+        ("A ball of 3.5 m rolls", True, "A ball of 3.5 m rolls"),
+        ('  "A red ball rolls."\n\nI hope this helps!', False, "A red ball rolls."),
+        ("**Prompt:** A red ball\nrolls.", False, "A red ball rolls."),
+        ("<think>Hm. A ball?</think>\n\nA ball.", False, "A ball."),
+        ("still thinking</think> A ball", False, "A ball"),
+        ("caf\u00c3\u00a9 &amp; ball", False, "café & ball"),
+        ("A ball. " + "no end " * 2000, False, "A ball."),
     ],
 )
-def test_what_it_writes_is_cleaned(written: str, prompt: str | None) -> None:
-    text = cleaned(written)
-    assert text == prompt if prompt else 1900 < len(text) <= 2000 and text.endswith(("no", "end"))
+def test_what_it_writes_is_cleaned(written: str, unfinished: bool, prompt: str) -> None:
+    assert cleaned(written, unfinished) == prompt
+
+
+def test_what_is_too_long_is_cut_between_words() -> None:
+    assert 1900 < len(cleaned("no end " * 2000)) <= 2000 and cleaned("no end " * 2000).endswith((" no", " end"))
 
 
 @pytest.mark.parametrize("written", ["", " \n", "<think>What", '""', "\u0000"])
@@ -485,7 +490,7 @@ def test_the_command_ends_with_a_sentence(
     arguments: list[str], code: int, reason: str, folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    monkeypatch.setattr(LanguageEnhancer, "_ask", lambda *_: " ")
+    monkeypatch.setattr(LanguageEnhancer, "_ask", lambda *_: (" ", False))
     places = {"bare": tmp_path, "silent": folder}
     assert enhance_cli.main([argument.format(**places) for argument in arguments]) == code
     out, err = capsys.readouterr()

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,28 +87,43 @@ def enhance(server: Server, prompt: str, by: str, text: str = "", asked: str = "
 # ---- where there is one
 
 
-def test_without_an_enhancer_there_is_no_button(server: Server, both: tuple[Server, SlowLanguage]) -> None:
+@pytest.fixture
+def bare(both: tuple[Server, SlowLanguage]) -> Iterator[Callable[[Any, Any], None]]:
+    """Exchanges what makes suggestions: the model's templates and the language model; None is none of it."""
+    server, language = both
+    templates = server.page.generator.pipeline.enhancer
+
+    def use(new_templates: Any, new_language: Any) -> None:
+        server.page.generator.pipeline.enhancer, server.page.help._language = new_templates, new_language
+        server.page.fit_to_model()
+
+    yield use
+    use(templates, language)
+
+
+def test_without_an_enhancer_there_is_no_button(both: tuple[Server, SlowLanguage], bare, tmp_path: Path) -> None:
+    server, _ = both
+    assert visible(server) == [True, True]
+    bare(None, None)
     assert visible(server) == [False, False]
     with pytest.raises(Refused, match="nothing here to make suggestions for the prompts of scripted"):
         enhance(server, "a ball", TEMPLATES)
-    assert visible(both[0]) == [True, True]
+    client = Client(server.url, download_files=tmp_path, verbose=False)
+    assert client.predict(api_name="/options")["enhancers"] == []
+    for by, missing in (("", "nothing"), ("templates", "no templates"), ("language", "no language model")):
+        with pytest.raises(AppError, match=f"There is {missing} here"):
+            client.predict(prompt="a ball", by=by, api_name="/enhance")
 
 
-def test_a_model_without_templates_leaves_no_choice(
-    both: tuple[Server, SlowLanguage], templates: TemplateEnhancer
-) -> None:
+def test_where_there_is_one_there_is_no_choice(both: tuple[Server, SlowLanguage], bare, templates) -> None:
     server, language = both
+    bare(templates, None)
+    assert visible(server) == [True, False]
+    bare(None, language)
+    assert visible(server) == [True, False]
     language.may_answer.set()
-    try:
-        server.pipeline.enhancer = None
-        server.page.fit_to_model()
-        assert visible(server) == [True, False]
-        # What the hidden choice says does not matter.
-        assert "take 0" in enhance(server, "a ball", TEMPLATES)[-1][2]["value"]
-    finally:
-        server.pipeline.enhancer = templates
-        server.page.fit_to_model()
-    assert visible(server) == [True, True]
+    # What the hidden choice says does not matter.
+    assert "take 0" in enhance(server, "a ball", TEMPLATES)[-1][2]["value"]
 
 
 # ---- the button
@@ -236,14 +251,6 @@ def test_programs_get_text_and_notes(both: tuple[Server, SlowLanguage], tmp_path
         with pytest.raises(AppError, match=words):
             client.predict(**fields, api_name="/enhance")
     assert server.pipeline.requests == [], "no video is made of it"
-
-
-def test_programs_without_an_enhancer_are_told(server: Server, tmp_path: Path) -> None:
-    client = Client(server.url, download_files=tmp_path, verbose=False)
-    assert client.predict(api_name="/options")["enhancers"] == []
-    for by, missing in (("", "nothing"), ("templates", "no templates"), ("language", "no language model")):
-        with pytest.raises(AppError, match=f"There is {missing} here"):
-            client.predict(prompt="a ball", by=by, api_name="/enhance")
 
 
 # ---- the program
