@@ -85,6 +85,9 @@ class _World:
             raise ValueError("an empty table")
         if set(world.verbs) != set(world.attributes["subject"]):
             raise ValueError("verbs of other subjects")
+        for needs in world.only_with.values():
+            if not all(value in world.attributes[name] for name, value in needs.items()):
+                raise ValueError("a phrase that needs an unknown value")
         for sentence in world.sentences:
             sentence.format(**dict.fromkeys(ORDER, ""))
         return world
@@ -147,7 +150,7 @@ class TemplateEnhancer:
             data = json.loads((folder / TEMPLATES_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WeightsError(f"The {source} cannot be read. Get the model folder again.") from error
         return cls(data, source)
 
@@ -173,7 +176,7 @@ class TemplateEnhancer:
         found: dict[str, Suggestion] = {}
         for number in range(_TRIES * (variant + 2)):
             text, added = self._draw(asked, random.Random(_seed_of(prompt, number)))
-            if text not in (prompt, *found) and self._is_true(text, asked, added):
+            if text not in ("", prompt, *found) and self._is_true(text, asked, added):
                 found[text] = Suggestion(text, tuple(self._notes(asked, added)))
             if len(found) > variant:
                 break
@@ -232,13 +235,15 @@ class TemplateEnhancer:
     # ---- what it might say
 
     def _draw(self, asked: _Asked, rng: random.Random) -> tuple[str, dict[str, str]]:
-        """A sentence, and the phrases in it, by attribute, that say what the prompt did not."""
+        """A sentence, and the phrases in it, by attribute, that say what the prompt did not; "" if there is none."""
         values = {name: mention.value for name, mention in asked.stated.items()}
         for mention in asked.stated.values():
             values = dict(self._world.only_with.get(mention.phrase, {})) | values
         for name in _FILL_ORDER:
             if name not in values and (options := self._options(name, values, asked)):
                 values[name] = rng.choice(options)
+        if "subject" not in values:  # the prompt denies every one
+            return "", {}
         verb = asked.verb or rng.choice(self._world.verbs[values["subject"]])
         said = {name: self._phrase(name, values, asked, rng).replace(VERB, verb) for name in ORDER if name in values}
         added = {name: phrase for name, phrase in said.items() if name not in asked.stated}

@@ -137,6 +137,12 @@ def test_what_is_denied_is_not_shown(enhancer: TemplateEnhancer) -> None:
         assert read["weather"] == "clear" and read["time"] != "night"
 
 
+def test_where_everything_is_denied_that_is_said(enhancer: TemplateEnhancer) -> None:
+    prompt = ", ".join(f"no {subject}" for subject in ATTRIBUTES["subject"])
+    with pytest.raises(SelfForcingError, match="no other sentence for this prompt"):
+        enhancer.enhance(prompt)
+
+
 def test_what_moves_does_not_rest(enhancer: TemplateEnhancer) -> None:
     for variant in range(12):
         text = enhancer.enhance("a bird flaps over the city", variant).text
@@ -217,6 +223,7 @@ def test_templates_of_another_model_are_refused(tmp_path: Path) -> None:
         lambda data: data["attributes"].update(colour=["red"]),
         lambda data: data.update(sentences=["{nothing}"]),
         lambda data: data["verbs"].pop("car"),
+        lambda data: data.update(only_with={"at noon": {"weather": "hail"}}),
         lambda data: data["attributes"]["scene"].update(moon=[7]),
         lambda data: data["attributes"]["scene"].update(moon=["!"]),
     ],
@@ -229,7 +236,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[dict], obje
         TemplateEnhancer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00", "[" * 100_000])
 def test_what_is_no_such_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / TEMPLATES_FILE).write_text(content)
     with pytest.raises(WeightsError):
