@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from pipeline.blocks import StreamingPipeline
@@ -22,7 +23,9 @@ from pipeline.cli import (
     EMBEDDED_MODEL,
     LoadPipeline,
     SentenceParser,
+    add_memory,
     check_device_name,
+    check_memory,
     check_model_folder,
     load_pipeline,
     say,
@@ -54,7 +57,7 @@ SPACE_VARIABLE = "SPACE_ID"
 """Hugging Face Spaces set this; there, the platform is what stands between the page and the public."""
 
 
-def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) -> int:
+def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) -> int:
     """Serve the page until Ctrl-C or SIGTERM. Returns the exit code: 0, 1 (failed) or 2 (bad input)."""
     worker, home, language = None, None, None
     stop = threading.Event()
@@ -65,6 +68,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         check_exposure(options, auth)
         folder, device = check_model_folder(options.model), check_device_name(options.device)
         language = None if options.enhancer is None else LanguageEnhancer(options.enhancer)
+        memory = check_memory(options.memory)
+        load = load or partial(load_pipeline, memory=memory)
         home = make_home()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
@@ -207,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--enhancer", metavar="FOLDER|NAME@REVISION", help=ENHANCER_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    add_memory(parser)
     parser.add_argument(
         "--max-seconds",
         type=float,

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,18 +39,24 @@ EXIT_INTERRUPTED = 130
 LoadPipeline = Callable[[Path, str | None], StreamingPipeline]
 
 
-def load_pipeline(folder: Path, device: str | None) -> StreamingPipeline:
-    """Load a model folder; `device` None takes the GPU if there is one. Imports torch."""
+def load_pipeline(folder: Path, device: str | None, memory: str = "auto") -> StreamingPipeline:
+    """Load a model folder. Imports torch.
+
+    Args:
+        device: None takes the GPU if there is one.
+        memory: see `memory.placement_for`.
+    """
     check_device(device)
     from transformers.utils import logging as transformers_logging
 
     from pipeline.generator import SelfForcingPipeline
+    from pipeline.memory import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
-    return SelfForcingPipeline.from_pretrained(folder, device=device)
+    return SelfForcingPipeline.from_pretrained(folder, device, placement=placement_for(folder, device, memory))
 
 
-def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) -> int:
+def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C).
 
     Args:
@@ -64,6 +71,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline = load_pipeline) 
         request = read_request(options)
         output = read_output(options, request)
         model, device = check_model_folder(options.model), check_device_name(options.device)
+        memory = check_memory(options.memory)
+        load = load or partial(load_pipeline, memory=memory)
         terminate_like_interrupt()
         # Everything said so far came at once; importing torch takes seconds.
         worker = ModelWorker(lambda: load(model, device))
@@ -99,6 +108,8 @@ def generate(
 ) -> dict[str, Any]:
     """Make the video and write it. Returns what `--json` prints."""
     check_available(request, pipeline.unavailable_options())
+    if missing := [name for name in getattr(pipeline, "preset", {}) if not getattr(request, name)]:
+        say(f"There may be too little memory for this without {' and '.join(f'--{name}' for name in missing)}.")
     if unknown := pipeline.unknown_words(request.prompt):
         say(f"The model does not know these words and ignores them: {', '.join(unknown)}.")
     began = time.perf_counter()
@@ -187,6 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
     parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    add_memory(parser)
     parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="default: a name made from prompt and seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a sentence")
     parser.add_argument("--verbose", action="store_true", help="show warnings and the trace of an error")
@@ -270,6 +282,22 @@ def check_model_folder(folder: Path) -> Path:
     if not found:
         raise WeightsError(f"{_shown(folder)} is not a model folder: it has no model_index.json.")
     return folder
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        default="auto",
+        metavar="auto|off|GB",
+        help="fit the model into the GPU's free memory (auto, the default), or into so many GB; off: load all of it",
+    )
+
+
+def check_memory(text: str) -> str:
+    """Raises `InvalidRequest` unless it is `auto`, `off` or a number of GB."""
+    if text not in ("auto", "off") and not re.fullmatch(r"\d{1,5}(\.\d+)?", text):
+        raise InvalidRequest(f"memory is {text!r}, but must be auto, off or a number of GB.")
+    return text
 
 
 def check_device_name(name: str | None) -> str | None:

@@ -26,6 +26,8 @@ class StreamDecoder(Protocol):
     Invalid numbers stay visible: an infinite pixel comes out as NaN.
     """
 
+    weights: nn.Module
+
     def reset(self) -> None:
         """Forget the stream; the next block starts a clip."""
 
@@ -42,7 +44,7 @@ class WanStreamDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self._vae = vae
+        self.weights = self._vae = vae
         # One slot per causal convolution; those of kernel 1 leave theirs unused.
         self._slots = _count_causal(vae.decoder)
         self.reset()
@@ -72,7 +74,7 @@ class TaehvStreamDecoder:
     """TAEHV with the memory of its blocks carried from call to call: exact, and nothing is decoded twice."""
 
     def __init__(self, taehv: TAEHV) -> None:
-        self._taehv = taehv
+        self.weights = self._taehv = taehv
         self.reset()
 
     def reset(self) -> None:

@@ -21,7 +21,8 @@ from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
-from pipeline.options import TransformerOptions, compile_failure, unavailable_options
+from pipeline.options import TransformerOptions, compile_failure, store_in_8_bits, unavailable_options
+from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_noise
@@ -50,6 +51,7 @@ class SelfForcingPipeline:
         vae, taehv: the two decoders' weights; without `taehv` the request option of that name is unavailable.
         enhancer: fills prompts in, for models with templates for that. The pipeline itself never asks it.
         weights_sha256: of the transformer's file, for the recipe in each video.
+        placement: where the parts are; for what is said of a run.
         merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step.
             Exact; off, the two are separate forwards, as the authors have it.
     """
@@ -65,11 +67,13 @@ class SelfForcingPipeline:
         enhancer: Enhancer | None = None,
         weights_sha256: str = "",
         merge_clean_pass: bool = True,
+        placement: Placement = AS_THE_MODEL_HAS_IT,
     ) -> None:
         self.spec = spec
         self.text = text
         self.enhancer = enhancer
         self.merge_clean_pass = merge_clean_pass
+        self.placement = placement
         self.weights_sha256 = weights_sha256
         self._transformer = transformer
         self._decoders: dict[bool, StreamDecoder] = {False: WanStreamDecoder(vae)}
@@ -84,7 +88,11 @@ class SelfForcingPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        placement: Placement = AS_THE_MODEL_HAS_IT,
     ) -> SelfForcingPipeline:
         """Load a model folder.
 
@@ -92,6 +100,8 @@ class SelfForcingPipeline:
             folder: diffusers-style: `model_index.json` and a folder for each component.
             device: default: a GPU if there is one, else the CPU.
             dtype: default: bfloat16 on a GPU, float32 on the CPU.
+            placement: where the parts are, and the size of the KV cache; see `plan.plan_for`. Its `fp8` and `taehv` are
+                up to each request, and only offered as `preset`.
 
         Raises:
             WeightsError: something is missing, damaged or of another kind.
@@ -99,32 +109,45 @@ class SelfForcingPipeline:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
         source = ModelFolder(folder)
+        spec = placement.fitted(source.spec)
 
         def load(name: str) -> Any:
             report_loading(f"Loading the {name.replace('_', ' ')}", LOADED_SHARE * source.share_before(name))
-            return source.load(name, dtype).to(target)
+            part = source.load(name, dtype)
+            if name != "text_encoder":
+                return part.to(target)
+            if placement.text_fp8:
+                store_in_8_bits(part, dtype)
+            return part.to(target) if placement.text_encoder == "device" else part
 
         # In the order of `CLASSES`, so that what is reported only grows.
         transformer = TransformerOptions(lambda: load("transformer"))
-        text = TextEncoder(load("text_encoder"), source.load_tokenizer(), source.spec.text_len)
+        visits = target if placement.text_encoder == "offload" else None
+        text = TextEncoder(load("text_encoder"), source.load_tokenizer(), spec.text_len, visits=visits)
         vae = load("vae")
         speed_up(vae)
         taehv = load("taehv") if source.has("taehv") else None
         for name, stride in (("vae", vae.config.scale_factor_spatial), ("taehv", taehv and taehv.spatial_scale)):
-            if stride not in (None, source.spec.spatial_stride):
+            if stride not in (None, spec.spatial_stride):
                 raise WeightsError(
-                    f"The {name} of {source.spec.name} makes {stride} pixels of a latent cell, but model_index.json "
-                    f"says spatial_stride {source.spec.spatial_stride}. Get the model folder again."
+                    f"The {name} of {spec.name} makes {stride} pixels of a latent cell, but model_index.json says "
+                    f"spatial_stride {spec.spatial_stride}. Get the model folder again."
                 )
         return cls(
-            source.spec,
+            spec,
             transformer,
             text,
             vae,
             taehv,
             enhancer=source.load_enhancer(text.vocabulary),
             weights_sha256=source.sha256("transformer"),
+            placement=placement,
         )
+
+    @property
+    def preset(self) -> dict[str, bool]:
+        """Options of a request that should be on here: without them there may be too little memory."""
+        return self.placement.preset
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +171,7 @@ class SelfForcingPipeline:
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
                 # Casting weights inside a block interrupts its graph: both together work, in more and smaller pieces.
                 "compile": ("in pieces, because of FP8" if request.fp8 else "on") if request.compile else "off",
+                **self.placement.applied(),
             },
             model=self.spec.name,
             weights_sha256=self.weights_sha256,

@@ -17,11 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from torch import nn
 
 from pipeline.errors import OptionUnavailable
 from pipeline.transformer import CausalWanTransformer3DModel
 
 FP8_STORAGE = torch.float8_e4m3fn
+_KEPT_WHOLE = (*DEFAULT_SKIP_MODULES_PATTERN, r"\.wo$")
+"""Layers that are not stored in 8 bits, by name. T5 casts its activations to whatever `wo` is stored in."""
+
+
+def store_in_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of a model's large layers in 8 bits; each computes in `dtype` all the same."""
+    own = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
+    apply_layerwise_casting(model, FP8_STORAGE, dtype, skip_modules_pattern=(*own, *_KEPT_WHOLE))
 
 
 class TransformerOptions:
@@ -52,7 +63,7 @@ class TransformerOptions:
             self.fp8 = self.compiled = False
         if fp8 and not self.fp8:
             transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
-            transformer.enable_layerwise_casting(storage_dtype=FP8_STORAGE, compute_dtype=self.dtype)
+            store_in_8_bits(transformer, self.dtype)
             self._transformer, self.fp8 = transformer, True
         if compile != self.compiled:
             for block in self._transformer.blocks:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from tokenizers.models import WordLevel
@@ -20,15 +21,24 @@ class TextEncoder:
         tokenizer: right-padding, adding an end token.
         text_len: rows of the result, whatever the prompt's length; longer prompts are cut.
         remembered: how many embeddings to keep. A prompt that is asked for again costs nothing.
+        visits: device where the model works; it comes for each text and goes back to where it rests. None: it works
+            where it is.
     """
 
     def __init__(
-        self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_len: int, remembered: int = 16
+        self,
+        model: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_len: int,
+        remembered: int = 16,
+        *,
+        visits: torch.device | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.text_len = text_len
         self._remembered = remembered
+        self._visits = visits
         self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @torch.inference_mode()
@@ -53,10 +63,23 @@ class TextEncoder:
             truncation=True,
             add_special_tokens=True,
             return_tensors="pt",
-        ).to(self.model.device)
-        hidden = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        # The encoder leaves something in padded rows; the video model was trained on zeros there, unmasked.
-        return hidden * tokens.attention_mask.unsqueeze(-1).to(hidden.dtype)
+        )
+        with self._at_work() as model:
+            ids, mask = tokens.input_ids.to(model.device), tokens.attention_mask.to(model.device)
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            # The encoder leaves something in padded rows; the video model was trained on zeros there, unmasked.
+            return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[UMT5EncoderModel]:
+        if self._visits is None:
+            yield self.model
+            return
+        home = self.model.device
+        try:
+            yield self.model.to(self._visits)
+        finally:  # also when there was no room for all of it
+            self.model.to(home)
 
     @property
     def vocabulary(self) -> frozenset[str]:

@@ -37,6 +37,11 @@ class AdaptedPipeline:
         self.enhancer: Enhancer | None = getattr(pipeline, "enhancer", None)
         """Fills prompts in from the model's own templates; None: it has none."""
 
+    @property
+    def preset(self) -> dict[str, bool]:
+        """Options that should be on here, for want of memory."""
+        return dict(getattr(self._pipeline, "preset", {}))
+
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         if request.fps is None:
             request = replace(request, fps=self.fps)

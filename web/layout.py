@@ -30,6 +30,9 @@ OPTIONS = {
 }
 
 
+PRESET = "On, because this device may lack the memory otherwise."
+
+
 class Layout:
     """The components, as they are while there is no model yet. To be made inside a `gr.Blocks`.
 
@@ -168,6 +171,8 @@ class Layout:
         }
         for name, option in self.options.items():
             fitted[option] = {"info": OPTIONS[name][1], "interactive": True}
+            if name in model.preset:
+                fitted[option] |= {"value": True, "info": f"{OPTIONS[name][1]} {PRESET}"}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
         return fitted

@@ -1,0 +1,228 @@
+"""`python -m pipeline doctor`: what this machine has, what a model needs of it, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.cli import (
+    EMBEDDED_MODEL,
+    EXIT_BAD_INPUT,
+    SentenceParser,
+    check_device,
+    check_device_name,
+    quiet_libraries,
+    say,
+)
+from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
+
+PACKAGES = ("torch", "diffusers", "transformers", "gradio", "huggingface_hub", "imageio-ffmpeg", "torchao", "triton")
+OPTIONAL_PACKAGES = {"torchao", "triton"}
+GB = 2**30
+"""Of memory, as cards have it; files are told in 10^9 bytes, as disks are."""
+
+
+@dataclass
+class Report:
+    """What was found. Sizes are in bytes."""
+
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    device: str
+    memory: int | None
+    """Of the device; None for a CPU."""
+    free_memory: int | None
+    main_memory: int
+    options: dict[str, str]
+    """Option -> `works`, or why it does not."""
+    free_disk: int
+    model: str
+    needs: dict[str, Any]
+    """Of each part, in bfloat16; see `memory.ModelNeeds`."""
+    plan: dict[str, Any]
+    """For the device's free memory; for a CPU, without a limit. See `plan.MemoryPlan`."""
+    cards: dict[str, dict[str, Any]]
+    """Size of a card in GB -> the plan for it."""
+    advice: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 for a model or device that is not there."""
+    try:
+        options = parse(argv)
+        quiet_libraries(verbose=False)
+        report = examine(options.model, check_device_name(options.device))
+    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
+        say(str(error))
+        return EXIT_BAD_INPUT
+    sys.stdout.write((json.dumps(asdict(report)) if options.json else as_text(report)) + "\n")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = SentenceParser(
+        prog="python -m pipeline doctor", description="Say what this machine can do, and what to change."
+    )
+    parser.add_argument(
+        "--model",
+        default=str(EMBEDDED_MODEL),
+        help="a model folder, or the name of a published model, which need not be here (default: weights/embedded)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(argv)
+
+
+def examine(model: str, device_name: str | None = None) -> Report:
+    """Look at machine and model.
+
+    Raises:
+        InvalidRequest: there is no such model.
+        OptionUnavailable: there is no such device.
+        WeightsError: the model's configs cannot be read.
+    """
+    check_device(device_name)
+    import torch
+
+    from pipeline.memory import rehearse
+    from pipeline.plan import CARDS, plan_for
+    from weights.store import default_home
+
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    spec, builders = _find(model)
+    needs = rehearse(builders, spec, torch.bfloat16)
+    free, memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+    report = Report(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        packages={name: _version(name) for name in PACKAGES},
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        memory=memory,
+        free_memory=free,
+        main_memory=psutil.virtual_memory().total,
+        options=_options(device, "taehv" in builders),
+        free_disk=shutil.disk_usage(_existing(default_home())).free,
+        model=spec.name,
+        needs=asdict(needs),
+        plan=plan_for(needs, spec, free).as_dict(),
+        cards={str(size): plan_for(needs, spec, size * GB).as_dict() for size in CARDS},
+    )
+    report.advice = advice(report)
+    return report
+
+
+def _find(model: str) -> tuple[Any, Any]:
+    """Spec and builders of a model folder or of a model in the manifest."""
+    from pipeline import memory
+    from pipeline.folder import INDEX_FILE, ModelFolder
+    from weights import blueprints
+    from weights.manifest import load_manifest
+
+    folder = Path(model)
+    if (folder / INDEX_FILE).is_file():
+        return ModelFolder(folder).spec, memory.builders_of(folder)
+    models = load_manifest().models
+    if model not in models:
+        raise InvalidRequest(
+            f"model is {model!r}, which is neither a model folder nor one of the published models: {', '.join(models)}."
+        )
+    return models[model].spec, blueprints.builders_of(models[model])
+
+
+def _options(device: Any, has_taehv: bool) -> dict[str, str]:
+    from pipeline.options import unavailable_options
+
+    missing = unavailable_options(device, has_taehv)
+    return {name: missing.get(name, "works") for name in ("taehv", "fp8", "compile")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def advice(report: Report) -> list[str]:
+    """What to change, most important first; empty if nothing need be."""
+    said = []
+    missing = [name for name, version in report.packages.items() if version is None and name not in OPTIONAL_PACKAGES]
+    if missing:
+        said.append(f"Install {', '.join(missing)}: .venv/bin/pip install -r requirements.txt.")
+    if not report.plan["fits"]:
+        short = report.plan["total"] - report.plan["budget"]
+        said.append(
+            f"{report.model} lacks {short / 1e9:.1f} GB on this device even with everything made small. Close other "
+            "programs that use it, or take another device."
+        )
+    said += [sentence for sentence in report.options.values() if sentence != "works"]
+    if report.memory is None and 2 * report.plan["total"] > report.main_memory:
+        said.append(
+            f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine "
+            f"has {_size(report.main_memory)}: take a machine with a GPU, or the embedded model."
+        )
+    return said
+
+
+def as_text(report: Report) -> str:
+    """For people."""
+    packages = [f"{name} {version or 'not installed'}" for name, version in report.packages.items()]
+    memory = (
+        "" if report.memory is None else f", {report.memory / GB:.0f} GB, {(report.free_memory or 0) / GB:.1f} free"
+    )
+    lines = [
+        f"Python      {report.python} on {report.system}",
+        f"Packages    {', '.join(packages)}",
+        f"Device      {report.device}{memory}",
+        *(f"{name:<12}{state}" for name, state in report.options.items()),
+        f"Free disk   {report.free_disk / 1e9:.0f} GB for published models",
+        "",
+        _on_this_device(report),
+        *(f"  {note}" for note in report.plan["notes"]),
+        "",
+        "On a graphics card, in bfloat16 (computed; nothing was allocated):",
+    ]
+    for size, plan in report.cards.items():
+        lines.append(f"  {size:>3} GB  {_plan_line(plan) if plan['fits'] else 'too small: ' + _plan_line(plan)}")
+        lines += [f"          {note}" for note in plan["notes"]]
+    lines += ["", *(report.advice or ["Nothing needs to be changed."])]
+    return "\n".join(lines)
+
+
+def _on_this_device(report: Report) -> str:
+    if report.memory is None:
+        twice = 2 * report.plan["total"]
+        return f"{report.model} on a CPU: about {_size(twice)} of main memory, in float32, everything loaded."
+    return f"{report.model} on this device: {_plan_line(report.plan)}"
+
+
+def _plan_line(plan: dict[str, Any]) -> str:
+    parts = {
+        "weights": "weights",
+        "kv_cache": "KV cache",
+        "text_encoder": "text encoder",
+        "decoder": "decoder",
+        "workspace": "workspace",
+    }
+    amounts = [f"{title} {_size(plan[name])}" for name, title in parts.items() if plan[name]]
+    return f"{_size(plan['total'])} ({', '.join(amounts)})"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,276 @@
+"""What a model needs of a device's memory, found out by rehearsing it on tensors without content.
+
+Every part is built from its config on torch's `meta` device and works there at its real size: a text is encoded, blocks
+are denoised and decoded. Nothing is computed and nothing allocated, but each tensor that would be is counted as
+long as it lives. So the figures follow the code and the configs, and no size of any model stands here.
+
+Not counted are what libraries take for themselves: kernels' scratch space and the driver's context. `plan.py` leaves
+room for those.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from pipeline.cache import CacheWindow, KVCache
+from pipeline.config import ModelSpec
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.errors import OptionUnavailable, WeightsError
+from pipeline.folder import ModelFolder
+from pipeline.loading import report_loading
+from pipeline.options import store_in_8_bits
+from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for
+from pipeline.taehv import TAEHV
+from pipeline.transformer import CausalWanTransformer3DModel
+
+META = torch.device("meta")
+GB = 2**30
+"""Of memory, as cards have it."""
+PLENTY = 4
+"""Times a model's files: a device with so much free needs no plan."""
+
+
+@dataclass(frozen=True)
+class PartNeeds:
+    """Bytes of one part.
+
+    Attributes:
+        weights: in the model's dtype.
+        fp8_weights: with the layers stored in 8 bits that can be.
+        kept: what lives from block to block besides weights: a cache, a stream's memory.
+        working: what a call takes at its peak besides weights and what is kept.
+    """
+
+    weights: int
+    fp8_weights: int
+    kept: int
+    working: int
+
+
+@dataclass(frozen=True)
+class ModelNeeds:
+    """Bytes of a model's parts."""
+
+    transformer: PartNeeds
+    text_encoder: PartNeeds
+    decoders: dict[str, PartNeeds]
+    """`vae`, and `taehv` where the model has one."""
+    kv_buffers: int
+    """What of the transformer's `kept` grows with the cache's window; the rest is the prompt's keys and values."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made on a device inside, as long as they live.
+
+    Attributes:
+        live: now; peak: the most so far.
+    """
+
+    def __init__(self, device: torch.device = META) -> None:
+        super().__init__()
+        self.device = device
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device == self.device:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+Builders = Mapping[str, Callable[[], nn.Module]]
+"""Part of a model -> makes it, on the device that is torch's default then."""
+
+
+def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: torch.device = META) -> ModelNeeds:
+    """What a model needs.
+
+    Args:
+        builders: of its transformer, text encoder and decoders.
+        spec: its sizes.
+        dtype: what it would be loaded in.
+        device: another one than `META` does all of it in earnest, which shows whether the rehearsal is right.
+    """
+    decoders: dict[str, Callable[[Any], StreamDecoder]] = {"vae": WanStreamDecoder, "taehv": TaehvStreamDecoder}
+    with torch.inference_mode():
+        transformer = _part(builders["transformer"], dtype, device)
+        shape = (1, spec.frames_per_block, *spec.latent_shape(transformer.model.config.in_channels))
+        text_encoder = _part(builders["text_encoder"], dtype, device)
+        return ModelNeeds(
+            transformer=_needs(transformer, lambda model: _denoise(model, spec, shape, dtype), device),
+            text_encoder=_needs(text_encoder, lambda model: _encode(model, spec.text_len), device),
+            decoders={
+                name: _needs(
+                    _part(builders[name], dtype, device), lambda model, make=make: _decode(make(model), shape), device
+                )
+                for name, make in decoders.items()
+                if name in builders
+            },
+            kv_buffers=_kv_buffers(transformer.model, spec, shape, dtype),
+        )
+
+
+def builders_of(folder: Path) -> Builders:
+    """Of the model in a folder, from its configs alone.
+
+    Raises:
+        WeightsError: a config is missing or cannot be read.
+    """
+    builders = {
+        "transformer": lambda: CausalWanTransformer3DModel.from_config(_config(folder, "transformer")),
+        "text_encoder": lambda: UMT5EncoderModel(UMT5Config.from_dict(_config(folder, "text_encoder"))),
+        "vae": lambda: AutoencoderKLWan.from_config(_config(folder, "vae")),
+    }
+    if (folder / "taehv").is_dir():
+        builders["taehv"] = lambda: TAEHV.from_config(_config(folder, "taehv"))
+    return builders
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder.name} has no {part}/config.json. Get the model folder again.") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{part}/config.json of {folder.name} cannot be read. Get the model folder again."
+        ) from error
+
+
+def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
+    """Where the parts of the model in a folder should be.
+
+    Args:
+        device: None takes the GPU if there is one.
+        memory: `auto`: by what is free on a GPU; a number: as if it were so many GB; `off`: all is on the device.
+
+    Raises:
+        OptionUnavailable: the model does not fit, however small it is made.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if memory == "off" or (memory == "auto" and target.type != "cuda"):
+        return AS_THE_MODEL_HAS_IT
+    free = torch.cuda.mem_get_info(target)[0] if memory == "auto" else int(float(memory) * GB)
+    if sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) * PLENTY < free:
+        return AS_THE_MODEL_HAS_IT  # nothing to rehearse
+    report_loading("Planning the memory", 0.0)
+    spec = ModelFolder(folder).spec
+    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    plan = plan_for(rehearse(builders_of(folder), spec, dtype), spec, free)
+    if not plan.fits:
+        needed = plan.total + free - (plan.budget or 0)
+        raise OptionUnavailable(
+            f"{spec.name} needs {needed / GB:.1f} GB of {target.type} memory even with everything made small, and "
+            f"{free / GB:.1f} are free. Close other programs that use it, choose another device, or try all the same "
+            "with --memory off."
+        )
+    return plan.placement
+
+
+@dataclass(frozen=True)
+class _Part:
+    model: nn.Module
+    weights: int
+    fp8_weights: int
+
+
+def _part(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> _Part:
+    """A part in the dtype on the device, its bytes, and its bytes with layers stored in 8 bits."""
+    with META:
+        small = build().to(dtype)
+    weights = _bytes(small)
+    store_in_8_bits(small, dtype)
+    with device:
+        model = build().to(dtype).eval()
+    return _Part(model, weights, _bytes(small))
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, those that are shared counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _needs(part: _Part, work: Callable[[Any], Iterator[None]], device: torch.device) -> PartNeeds:
+    """Let a part work, a generator that stops after each call, and count."""
+    with LiveBytes(device) as counted:
+        calls = work(part.model)
+        for _ in calls:
+            kept = counted.live
+        peak = counted.peak
+    return PartNeeds(part.weights, part.fp8_weights, kept, peak - kept)
+
+
+def _encode(model: UMT5EncoderModel, text_len: int) -> Iterator[None]:
+    tokens = torch.zeros(1, text_len, dtype=torch.int64, device=model.device)
+    model(input_ids=tokens)
+    del tokens
+    yield
+
+
+def _denoise(
+    model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[None]:
+    """Two blocks, the first one's clean pass merged into the second's first step, as inference does.
+
+    A fuller window takes no more: the cache has all its buffers from the start, and fused attention makes no scores.
+    """
+    device = model.device
+    cache = _make_cache(model, spec, shape, dtype)
+    text = model.encode_text(torch.zeros(1, spec.text_len, model.config.text_dim, device=device, dtype=dtype))
+    for block in range(2):
+        cache.begin_block(spec.frames_per_block, merged=block > 0)
+        frames = spec.frames_per_block * (2 if block else 1)
+        latents = torch.zeros(shape[0], frames, *shape[2:], device=device, dtype=dtype)
+        model(latents, torch.zeros(shape[0], frames, device=device), text, cache=cache)
+        del latents
+        yield
+
+
+def _make_cache(
+    model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tuple[int, ...], dtype: torch.dtype
+) -> KVCache:
+    window = CacheWindow(spec.frames_per_block, spec.window_frames, spec.sink_frames, spec.positions)
+    return model.make_cache(window, *shape[-2:], device=model.device, dtype=dtype)
+
+
+def _kv_buffers(model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    with LiveBytes(model.device) as counted:
+        cache = _make_cache(model, spec, shape, dtype)
+        taken = counted.live
+        del cache
+    return taken
+
+
+def _decode(decoder: StreamDecoder, shape: tuple[int, ...]) -> Iterator[None]:
+    """Two blocks: the first of a stream is another one than those that follow."""
+    weights = next(decoder.weights.parameters())
+    for _ in range(2):
+        decoder.decode(torch.zeros(shape, device=weights.device, dtype=weights.dtype))
+        yield

@@ -1,0 +1,211 @@
+"""Memory plans: which parts of a model stay on the device, which come only when needed, and what is made smaller.
+
+A plan is chosen among all combinations: of those that fit, the one that costs least. What is exact and merely slower
+for a new prompt comes before what changes pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.config import ModelSpec
+
+if TYPE_CHECKING:
+    from pipeline.memory import ModelNeeds
+
+TextPlace = Literal["device", "offload", "cpu"]
+"""`device`: the text encoder stays there. `offload`: it comes for a new prompt and leaves again. `cpu`: it does not."""
+
+CARDS = (8, 12, 16, 24, 80)
+"""Sizes of graphics cards in GB for which plans are shown."""
+
+DRIVER_BYTES = 600_000_000
+"""What the driver and the kernels' own memory take; a common figure, not measured here."""
+SPARE_SHARE = 0.05
+"""Of a card, lost between allocations; likewise."""
+
+SHORT_WINDOW_BLOCKS = 4
+"""A smaller KV cache: the sink's block, two recent ones and the current one, as LongLive has it."""
+
+_PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes and goes", "cpu": "on the CPU"}
+
+# What each measure costs, in no unit: only the order of sums matters.
+_TEXT_COSTS: dict[tuple[TextPlace, bool], float] = {
+    ("device", False): 0,
+    ("offload", False): 1,
+    ("device", True): 1.5,
+    ("offload", True): 2.5,
+    ("cpu", False): 5,
+}
+_TAEHV_COST, _WINDOW_COST, _FP8_COST = 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of a model are, and in what form.
+
+    Attributes:
+        text_encoder: see `TextPlace`.
+        text_fp8: the text encoder's weights are stored in 8 bits.
+        fp8: so are the transformer's.
+        taehv: frames are decoded by the small decoder.
+        window_frames, sink_frames: of the KV cache, in latent frames; None: the model's own.
+    """
+
+    text_encoder: TextPlace = "device"
+    text_fp8: bool = False
+    fp8: bool = False
+    taehv: bool = False
+    window_frames: int | None = None
+    sink_frames: int | None = None
+
+    @property
+    def cost(self) -> float:
+        return (
+            _TEXT_COSTS[self.text_encoder, self.text_fp8]
+            + _TAEHV_COST * self.taehv
+            + _WINDOW_COST * (self.window_frames is not None)
+            + _FP8_COST * self.fp8
+        )
+
+    @property
+    def preset(self) -> dict[str, bool]:
+        """Options of a request that should be on: without them there may be too little room."""
+        return {name: True for name in ("taehv", "fp8") if getattr(self, name)}
+
+    def fitted(self, spec: ModelSpec) -> ModelSpec:
+        """The model with this KV cache."""
+        if self.window_frames is None:
+            return spec
+        return replace(spec, window_frames=self.window_frames, sink_frames=self.sink_frames)
+
+    def applied(self) -> dict[str, str]:
+        """What of it every run should tell: nothing, if all is as the model has it."""
+        told = {}
+        if self.text_encoder != "device" or self.text_fp8:
+            told["text encoder"] = f"{_PLACES[self.text_encoder]}{', 8 bits' if self.text_fp8 else ''}"
+        if self.window_frames is not None:
+            told["KV cache"] = f"{self.window_frames} latent frames"
+        return told
+
+    def sentences(self) -> list[str]:
+        """What it means for whoever uses the model; empty if nothing differs from the model as it is."""
+        text = {
+            ("device", True): "The text encoder's weights are stored in 8 bits.",
+            ("offload", False): "The text encoder comes to the device for each new prompt and leaves again.",
+            ("offload", True): "The text encoder, stored in 8 bits, comes for each new prompt and leaves again.",
+            ("cpu", False): "The text encoder works on the CPU: a new prompt takes seconds.",
+        }.get((self.text_encoder, self.text_fp8))
+        said = [
+            (text is not None, text),
+            (self.taehv, "TAEHV decodes, which is a bit softer than the Wan VAE."),
+            (
+                self.window_frames is not None,
+                f"The KV cache holds {self.window_frames} latent frames, {self.sink_frames} of them the clip's first.",
+            ),
+            (self.fp8, "The transformer's weights are stored in 8 bits."),
+        ]
+        return [sentence for applies, sentence in said if applies and sentence is not None]
+
+
+AS_THE_MODEL_HAS_IT = Placement()
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A placement and what it takes of the device, in bytes.
+
+    Attributes:
+        weights: of transformer and decoders, as they are stored.
+        kv_cache: with the prompt's keys and values.
+        text_encoder: what of it stays.
+        decoder: what the decoder in use keeps from block to block.
+        workspace: the most that any step takes besides, an offloaded text encoder's visit included.
+        budget: of the device, less what the driver takes; None: unlimited.
+    """
+
+    placement: Placement
+    weights: int
+    kv_cache: int
+    text_encoder: int
+    decoder: int
+    workspace: int
+    budget: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.text_encoder + self.decoder + self.workspace
+
+    @property
+    def fits(self) -> bool:
+        return self.budget is None or self.total <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: bytes, and the sentences."""
+        placement = self.placement
+        return asdict(self) | {"total": self.total, "fits": self.fits, "notes": placement.sentences()}
+
+
+def usable(memory: int) -> int:
+    """What of a device's memory (bytes) a plan may use."""
+    return max(0, int(memory * (1 - SPARE_SHARE)) - DRIVER_BYTES)
+
+
+def plan_for(needs: ModelNeeds, spec: ModelSpec, memory: int | None) -> MemoryPlan:
+    """The plan of least cost that fits into a device with so many bytes; if none does, the smallest.
+
+    Args:
+        needs: of the model.
+        spec: its sizes.
+        memory: the device's bytes; None: there is no limit.
+    """
+    budget = None if memory is None else usable(memory)
+    plans = [evaluated(needs, spec, placement, budget) for placement in placements(needs, spec)]
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.placement.cost, plan.total))
+    return min(plans, key=lambda plan: plan.total)
+
+
+def placements(needs: ModelNeeds, spec: ModelSpec) -> Iterator[Placement]:
+    """All there are for a model."""
+    short = SHORT_WINDOW_BLOCKS * spec.frames_per_block
+    windows: list[tuple[int | None, int | None]] = [(None, None)]
+    if short < spec.window_frames:
+        windows.append((short, spec.frames_per_block))
+    decoders = [False, True] if "taehv" in needs.decoders else [False]
+    for (text, text_fp8), fp8, taehv, (window, sink) in product(_TEXT_COSTS, (False, True), decoders, windows):
+        yield Placement(text, text_fp8, fp8, taehv, window, sink)
+
+
+def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: int | None = None) -> MemoryPlan:
+    """What a placement takes."""
+    transformer, text = needs.transformer, needs.text_encoder
+    decoder = needs.decoders["taehv" if placement.taehv else "vae"]
+    text_weights = text.fp8_weights if placement.text_fp8 else text.weights
+    encoding = 0 if placement.text_encoder == "cpu" else text.working
+    if placement.text_encoder == "offload":
+        encoding += text_weights
+    return MemoryPlan(
+        placement=placement,
+        # Both decoders are loaded: which one works is up to each request.
+        weights=(transformer.fp8_weights if placement.fp8 else transformer.weights)
+        + sum(part.weights for part in needs.decoders.values()),
+        kv_cache=_kv_bytes(needs, spec, placement),
+        text_encoder=text_weights if placement.text_encoder == "device" else 0,
+        decoder=decoder.kept,
+        workspace=max(transformer.working, decoder.working, encoding),
+        budget=budget,
+    )
+
+
+def _kv_bytes(needs: ModelNeeds, spec: ModelSpec, placement: Placement) -> int:
+    # Keys and values of the window, and the sink's keys once more, unmoved: see `cache.LayerCache`.
+    whole = 2 * spec.window_frames + spec.sink_frames
+    if placement.window_frames is None or placement.sink_frames is None:
+        return needs.transformer.kept
+    smaller = 2 * placement.window_frames + placement.sink_frames
+    return needs.transformer.kept - needs.kv_buffers + round(needs.kv_buffers * smaller / whole)

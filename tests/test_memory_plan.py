@@ -1,0 +1,294 @@
+"""Memory: the rehearsal against reality, the choice of a plan, and what a placement does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import app
+from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, plan
+from pipeline.__main__ import main
+from pipeline.errors import OptionUnavailable, WeightsError
+from pipeline.folder import ModelFolder
+from pipeline.memory import META, LiveBytes, ModelNeeds, PartNeeds, builders_of, rehearse
+from pipeline.options import store_in_8_bits
+from pipeline.plan import Placement, evaluated, placements, plan_for, usable
+from tests.scripted import ScriptedPipeline
+from weights import blueprints
+from weights.manifest import load_manifest
+
+EMBEDDED = cli.EMBEDDED_MODEL
+REQUEST = GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seed=7, seconds=2)
+
+
+def spec():
+    return ModelFolder(EMBEDDED).spec
+
+
+@pytest.fixture(scope="module")
+def embedded() -> ModelNeeds:
+    return rehearse(builders_of(EMBEDDED), spec(), torch.float32)
+
+
+# ---- the rehearsal
+
+
+def test_bytes_live_as_long_as_their_tensors() -> None:
+    with LiveBytes() as counted:
+        one = torch.zeros(1000, device=META)
+        view, two = one.view(10, 100), torch.zeros(500, device=META)
+        assert counted.live == 6000 and view.shape == (10, 100)
+        del one
+        assert counted.live == 6000  # the view holds it
+        del view, two
+        torch.zeros(10, device=META)
+        torch.zeros(10**6)  # elsewhere
+    assert counted.live == 0 and counted.peak == 6000
+
+
+def test_the_rehearsal_counts_what_the_real_thing_takes(embedded: ModelNeeds) -> None:
+    real = rehearse(builders_of(EMBEDDED), spec(), torch.float32, torch.device("cpu"))
+    parts = {
+        "transformer": (embedded.transformer, real.transformer),
+        "text": (embedded.text_encoder, real.text_encoder),
+    }
+    parts |= {name: (embedded.decoders[name], real.decoders[name]) for name in ("vae", "taehv")}
+    for name, (rehearsed, taken) in parts.items():
+        assert rehearsed.weights == taken.weights and rehearsed.fp8_weights == taken.fp8_weights, name
+        assert rehearsed.kept == pytest.approx(taken.kept, rel=0.01), name
+        assert rehearsed.working == pytest.approx(taken.working, rel=0.05) and taken.working > 0, name
+
+
+def test_weights_are_those_of_the_files(embedded: ModelNeeds) -> None:
+    for part, needs in (("transformer", embedded.transformer), ("vae", embedded.decoders["vae"])):
+        model = ModelFolder(EMBEDDED).load(part, torch.float32)
+        assert needs.weights == sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+
+
+def test_eight_bits_are_counted_as_they_are_stored(embedded: ModelNeeds) -> None:
+    model = ModelFolder(EMBEDDED).load("text_encoder", torch.float32)
+    store_in_8_bits(model, torch.float32)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert embedded.text_encoder.fp8_weights == stored < 0.5 * embedded.text_encoder.weights
+
+
+def test_a_smaller_window_takes_what_the_plan_says(embedded: ModelNeeds) -> None:
+    smaller = Placement(window_frames=6, sink_frames=0)
+    needs = rehearse(builders_of(EMBEDDED), smaller.fitted(spec()), torch.float32)
+    assert evaluated(embedded, spec(), smaller).kv_cache == pytest.approx(needs.transformer.kept, rel=0.002)
+    assert needs.transformer.kept < 0.7 * embedded.transformer.kept
+
+
+def test_published_models_are_rehearsed_without_their_files() -> None:
+    """Figures that are known from elsewhere: 1,418,996,800 parameters, an encoder of 11.36 GB, 287.5 MB a frame."""
+    model = load_manifest().model("self-forcing-dmd")
+    needs = rehearse(blueprints.builders_of(model), model.spec, torch.bfloat16)
+    assert needs.transformer.weights == pytest.approx(2 * 1_418_996_800, rel=1e-6)  # buffers besides
+    assert needs.text_encoder.weights == pytest.approx(11.36e9, rel=0.001)
+    frames = 2 * model.spec.window_frames + model.spec.sink_frames
+    assert needs.kv_buffers == pytest.approx(287.5e6 * frames / 2, rel=0.002)
+    assert 2e9 < needs.decoders["vae"].kept + needs.decoders["vae"].working < 5e9
+    assert needs.decoders["taehv"].working < needs.decoders["vae"].working
+    costs = []
+    for size in plan.CARDS:
+        chosen = plan_for(needs, model.spec, size * memory.GB)
+        assert chosen.fits, size
+        costs.append(chosen.placement.cost)
+    assert costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
+
+
+# ---- the choice
+
+MB = 10**6
+SMALL = ModelNeeds(
+    PartNeeds(300 * MB, 150 * MB, 600 * MB, 50 * MB),
+    PartNeeds(1000 * MB, 600 * MB, 0, 10 * MB),
+    {"vae": PartNeeds(20 * MB, 10 * MB, 200 * MB, 200 * MB), "taehv": PartNeeds(5 * MB, 3 * MB, 10 * MB, 100 * MB)},
+    kv_buffers=590 * MB,
+)
+
+
+def tall_spec():
+    return replace(spec(), window_frames=21, sink_frames=3)
+
+
+def needed(placement: Placement) -> int:
+    return evaluated(SMALL, tall_spec(), placement).total
+
+
+def card(total: int) -> int:
+    """A card on which just so many bytes can be used."""
+    return next(size for size in range(total, 3 * total + 2 * 10**9, MB // 10) if usable(size) >= total)
+
+
+def test_a_plan_adds_up() -> None:
+    everything = evaluated(SMALL, tall_spec(), Placement())
+    assert everything.total == (300 + 25 + 600 + 1000 + 200 + 200) * MB
+    visiting = evaluated(SMALL, tall_spec(), Placement("offload"))
+    assert visiting.text_encoder == 0 and visiting.workspace == 1010 * MB  # while it is there, nothing else works
+    assert evaluated(SMALL, tall_spec(), Placement("cpu")).workspace == 200 * MB
+    assert (
+        evaluated(SMALL, tall_spec(), Placement(taehv=True, fp8=True)).total == (150 + 25 + 600 + 1000 + 10 + 100) * MB
+    )
+
+
+def test_the_cheapest_plan_that_fits_is_taken() -> None:
+    assert plan_for(SMALL, tall_spec(), None).placement == Placement()
+    for wanted in (Placement(), Placement("offload"), Placement("cpu")):
+        chosen = plan_for(SMALL, tall_spec(), card(needed(wanted)))
+        cheaper = [p for p in placements(SMALL, tall_spec()) if p.cost < chosen.placement.cost]
+        assert chosen.fits and all(needed(p) > (chosen.budget or 0) for p in cheaper)
+        assert chosen.placement.cost <= wanted.cost
+
+
+def test_where_nothing_fits_the_smallest_is_named() -> None:
+    chosen = plan_for(SMALL, tall_spec(), 10 * MB)
+    assert not chosen.fits and chosen.total == min(map(needed, placements(SMALL, tall_spec())))
+
+
+def test_a_model_without_taehv_is_given_none() -> None:
+    bare = replace(SMALL, decoders={"vae": SMALL.decoders["vae"]})
+    assert not any(placement.taehv for placement in placements(bare, tall_spec()))
+
+
+def test_a_short_window_is_none_for_a_model_that_has_one() -> None:
+    assert all(placement.window_frames is None for placement in placements(SMALL, spec()))
+    short = [placement for placement in placements(SMALL, tall_spec()) if placement.window_frames]
+    assert short and all(placement.fitted(tall_spec()).window_frames == 12 for placement in short)
+
+
+@pytest.mark.parametrize("placement", list(placements(SMALL, tall_spec())), ids=str)
+def test_every_measure_is_told(placement: Placement) -> None:
+    told = " ".join(placement.sentences())
+    changed = placement.text_encoder != "device" or placement.text_fp8
+    assert ("text encoder" in told.lower()) == changed == ("text encoder" in placement.applied())
+    assert ("TAEHV" in told) == placement.taehv == ("taehv" in placement.preset)
+    assert ("transformer's weights" in told) == placement.fp8 == ("fp8" in placement.preset)
+    assert ("KV cache" in told) == (placement.window_frames is not None) == ("KV cache" in placement.applied())
+
+
+# ---- what a placement does
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu").generate(REQUEST).frames
+
+
+def test_a_text_encoder_that_comes_and_goes_gives_the_same_video(frames: np.ndarray) -> None:
+    placed = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload"))
+    video = placed.generate(REQUEST)
+    assert np.array_equal(video.frames, frames)
+    assert video.run.applied["text encoder"] == "comes and goes"
+
+
+def test_it_goes_home_also_when_there_was_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload")).text
+    moves = []
+
+    def to(device: torch.device):
+        moves.append(str(device))
+        if len(moves) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return text.model
+
+    monkeypatch.setattr(text.model, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        text("a red balloon")
+    assert moves == ["cpu", "cpu"]
+    assert text("a red balloon").shape[0] == 1 and len(moves) == 4
+    text("a red balloon")
+    assert len(moves) == 4  # remembered: it need not come
+
+
+def test_eight_bits_change_the_text_a_little(frames: np.ndarray) -> None:
+    placed = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement(text_fp8=True))
+    video = placed.generate(REQUEST)
+    difference = np.abs(video.frames.astype(int) - frames).mean()
+    assert 0 < difference < 3 and video.run.applied["text encoder"] == "on the device, 8 bits"
+
+
+def test_a_smaller_window_is_that_of_the_run() -> None:
+    placed = SelfForcingPipeline.from_pretrained(
+        EMBEDDED, device="cpu", placement=Placement(window_frames=6, sink_frames=0, taehv=True)
+    )
+    assert placed.spec.window_frames == 6 and placed.preset == {"taehv": True}
+    assert placed.plan(REQUEST).applied["KV cache"] == "6 latent frames"
+
+
+def test_memory_is_planned_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.placement_for(EMBEDDED, "cpu", "auto") == memory.placement_for(EMBEDDED, "cpu", "off") == Placement()
+    assert memory.placement_for(EMBEDDED, "cpu", "16") == Placement()
+    monkeypatch.setattr(memory, "PLENTY", 1e9)
+    monkeypatch.setattr(plan, "DRIVER_BYTES", 0)
+    everything = plan_for(rehearse(builders_of(EMBEDDED), spec(), torch.float32), spec(), None).total
+    gigabytes = f"{(everything - MB) / (1 - plan.SPARE_SHARE) / memory.GB:.6f}"
+    assert memory.placement_for(EMBEDDED, "cpu", gigabytes).cost > 0
+    with pytest.raises(OptionUnavailable, match="even with everything made small, and 0.0 are free"):
+        memory.placement_for(EMBEDDED, "cpu", "0.01")
+
+
+def test_what_is_no_amount_of_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("x", "-1", "nan", "1e3", ""):
+        assert cli.main(["a ball", f"--memory={wrong}"]) == 2
+        assert "must be auto, off or a number of GB" in capsys.readouterr().err
+        assert app.main([f"--memory={wrong}"]) == 2
+        assert "must be auto, off or a number of GB" in capsys.readouterr().err
+
+
+def test_options_that_save_memory_are_on_in_the_page() -> None:
+    pipeline = ScriptedPipeline()
+    pipeline.preset = {"taehv": True}
+    boxes = {
+        component["props"]["elem_id"]: component["props"]
+        for component in app.build_app(pipeline).get_config_file()["components"]
+        if str(component["props"].get("elem_id")).startswith("option-")
+    }
+    assert boxes["option-taehv"]["value"] is True and "lack the memory" in boxes["option-taehv"]["info"]
+    assert not boxes["option-fp8"]["value"] and "lack the memory" not in boxes["option-fp8"]["info"]
+
+
+# ---- the doctor
+
+
+def test_the_doctor_tells_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("Python", "torch", "gradio", "Free disk", "Self-Forcing embedded on a CPU", "24 GB", "compile"):
+        assert word in text
+    assert main(["doctor", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "cpu" and found["memory"] is None and found["plan"]["fits"]
+    assert found["packages"]["torch"] == torch.__version__ and set(found["cards"]) == {"8", "12", "16", "24", "80"}
+    assert found["plan"]["total"] == sum(
+        found["plan"][name] for name in ("weights", "kv_cache", "text_encoder", "decoder", "workspace")
+    )
+
+
+def test_the_doctor_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", "nothing"]) == 2
+    assert "neither a model folder nor one of the published models: self-forcing-dmd" in capsys.readouterr().err
+    assert main(["doctor", "--device", "tpu"]) == 2
+    (tmp_path / "model_index.json").write_text((EMBEDDED / "model_index.json").read_text())
+    assert main(["doctor", "--model", str(tmp_path)]) == 2
+    assert "transformer/config.json" in capsys.readouterr().err
+    with pytest.raises(WeightsError):
+        builders_of(tmp_path)["vae"]()
+
+
+def test_the_doctor_says_what_to_change() -> None:
+    report = doctor.examine(str(EMBEDDED), "cpu")
+    assert doctor.advice(report) == []
+    assert (
+        "no compiler" in " ".join(doctor.advice(replace(report, options={"compile": "There is no compiler."}))).lower()
+    )
+    assert "pip install" in doctor.advice(replace(report, packages=report.packages | {"torch": None}))[0]
+    assert doctor.advice(replace(report, packages=report.packages | {"torchao": None})) == []
+    assert "main memory" in doctor.advice(replace(report, main_memory=1))[0]
+    short = report.plan | {"fits": False, "budget": 0}
+    assert "lacks" in doctor.advice(replace(report, plan=short, memory=1, free_memory=1))[0]
