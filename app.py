@@ -31,6 +31,7 @@ from pipeline.cli import (
     say,
 )
 from pipeline.config import SECONDS_RANGE
+from pipeline.enhance_language import ENHANCER_HELP, LanguageEnhancer
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.worker import ModelWorker
@@ -58,7 +59,7 @@ SPACE_VARIABLE = "SPACE_ID"
 
 def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) -> int:
     """Serve the page until Ctrl-C or SIGTERM. Returns the exit code: 0, 1 (failed) or 2 (bad input)."""
-    worker, home = None, None
+    worker, home, language = None, None, None
     stop = threading.Event()
     code = EXIT_FAILED
     try:
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         auth = read_auth(options.auth)
         check_exposure(options, auth)
         folder, device = check_model_folder(options.model), check_device_name(options.device)
+        language = None if options.enhancer is None else LanguageEnhancer(options.enhancer)
         memory = check_memory(options.memory)
         load = load or partial(load_pipeline, memory=memory)
         home = make_home()
@@ -73,9 +75,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
             signal.signal(number, lambda *_: stop.set())
         say(f"Loading the model in {folder.name} ...")
         worker = ModelWorker(lambda: warmed_up(load(folder, device)))
-        serve(
-            worker, options, auth, stop, menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device)))
-        )
+        models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device)))
+        serve(worker, options, auth, stop, models, language)
         code = 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
@@ -84,11 +85,11 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         say(str(error))
         code = EXIT_FAILED
     finally:
-        ended = worker is None or worker.close(timeout=2)
+        ended = all(thread.close(timeout=2) for thread in (worker, language) if thread is not None)
         if home is not None:
             home.close()
         if not ended:
-            # The model thread is in the middle of something, of loading perhaps, that cannot be interrupted; torch
+            # A thread of a model is in the middle of something, of loading perhaps, that cannot be interrupted; torch
             # aborts the process with words of its own if the interpreter goes away under it.
             sys.stderr.flush()
             os._exit(code)
@@ -134,6 +135,7 @@ def serve(
     auth: tuple[str, str] | None,
     stop: threading.Event,
     models: ModelChoices | None = None,
+    language: LanguageEnhancer | None = None,
 ) -> None:
     """Serve until told to stop.
 
@@ -141,7 +143,7 @@ def serve(
         InvalidRequest: the address cannot be served on.
         SelfForcingError: the model could not be loaded.
     """
-    demo = build_app(worker, options.max_seconds, models)
+    demo = build_app(worker, options.max_seconds, models, language)
     try:
         with redirect_stdout(io.StringIO()):  # what Gradio has to say of share links and MCP, this program says itself
             _, local, public = demo.launch(
@@ -208,6 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="whether visitors may exchange the model for another one that is here, or download one as well (default: "
         "download if only this machine can reach the page, else off)",
     )
+    parser.add_argument("--enhancer", metavar="FOLDER|NAME@REVISION", help=ENHANCER_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add_memory(parser)
     parser.add_argument(

@@ -175,6 +175,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = SentenceParser(
         prog="python -m pipeline",
         description="Make a video from a sentence and write it as an MP4 file.",
+        epilog="`python -m pipeline enhance --help` tells how to get a longer prompt.",
         allow_abbrev=False,
     )
     parser.add_argument("prompt", help="what the video shows")

@@ -25,6 +25,8 @@ _MAX_REPAIRED_CHARS = 4 * MAX_PROMPT_CHARS
 _ENDLESS_REFERENCE = re.compile("&#[0-9]{20,};?")
 """An HTML character code beyond all characters, with more digits than Python may be willing to read."""
 MAX_SEED = 2**32 - 1
+MAX_VARIANT = 99
+"""Of suggestions for a prompt."""
 SECONDS_RANGE = (0.1, 600.0)
 FPS_RANGE = (1.0, 60.0)
 
@@ -201,14 +203,26 @@ def checked_prompt(value: Any) -> str:
 
 
 def checked_seed(value: Any) -> int:
-    # JSON has one kind of number: a page's 7 may arrive as 7.0, which is the same seed. 7.5 is not one.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, Integral) or not -1 <= value <= MAX_SEED:
+    number = _whole_number(value)
+    if number is None or not -1 <= number <= MAX_SEED:
         raise InvalidRequest(
             f"seed is {_shown(value)}, but must be a whole number from 0 to {MAX_SEED}, or -1 for a random one."
         )
-    return int(value)
+    return number
+
+
+def checked_variant(value: Any) -> int:
+    number = _whole_number(value)
+    if number is None or not 0 <= number <= MAX_VARIANT:
+        raise InvalidRequest(f"variant is {_shown(value)}, but must be a whole number from 0 to {MAX_VARIANT}.")
+    return number
+
+
+def _whole_number(value: Any) -> int | None:
+    # JSON has one kind of number: a page's 7 may arrive as 7.0, which is the same seed. 7.5 is not one.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def checked_number(name: str, value: Any, low: float, high: float) -> float:

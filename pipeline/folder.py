@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipeline.config import ModelSpec
+from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -111,6 +112,26 @@ class ModelFolder:
             raise WeightsError(
                 f"The tokenizer in {self._name}/tokenizer is missing or damaged. Get the model folder again."
             ) from error
+
+    def load_enhancer(self, vocabulary: frozenset[str]) -> TemplateEnhancer | None:
+        """The templates for prompts, if the folder has any.
+
+        Args:
+            vocabulary: The words that the text encoder knows; empty: any.
+
+        Raises:
+            WeightsError: the file is damaged, or was made for a model that knows other words or reads more of them.
+        """
+        enhancer = TemplateEnhancer.from_folder(self._folder)
+        if enhancer is None:
+            return None
+        strange = enhancer.vocabulary - vocabulary if vocabulary else ()
+        if strange or enhancer.max_words >= self.spec.text_len:  # one more is the end
+            raise WeightsError(
+                f"The {TEMPLATES_FILE} of {self._name!r} belongs to another model: its sentences hold words that this "
+                "one does not know, or more than it reads. Get the model folder again."
+            )
+        return enhancer
 
     def sha256(self, name: str) -> str:
         """Hash of a part's weight files, in the order of their names."""

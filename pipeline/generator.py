@@ -17,6 +17,7 @@ from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
@@ -48,6 +49,7 @@ class SelfForcingPipeline:
         transformer: options and weights of the transformer.
         text: the text encoder.
         vae, taehv: the two decoders' weights; without `taehv` the request option of that name is unavailable.
+        enhancer: fills prompts in, for models with templates for that. The pipeline itself never asks it.
         weights_sha256: of the transformer's file, for the recipe in each video.
         placement: where the parts are; for what is said of a run.
         merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step.
@@ -62,12 +64,14 @@ class SelfForcingPipeline:
         vae: AutoencoderKLWan,
         taehv: TAEHV | None = None,
         *,
+        enhancer: Enhancer | None = None,
         weights_sha256: str = "",
         merge_clean_pass: bool = True,
         placement: Placement = AS_THE_MODEL_HAS_IT,
     ) -> None:
         self.spec = spec
         self.text = text
+        self.enhancer = enhancer
         self.merge_clean_pass = merge_clean_pass
         self.placement = placement
         self.weights_sha256 = weights_sha256
@@ -129,8 +133,16 @@ class SelfForcingPipeline:
                     f"The {name} of {spec.name} makes {stride} pixels of a latent cell, but model_index.json says "
                     f"spatial_stride {spec.spatial_stride}. Get the model folder again."
                 )
-        sha256 = source.sha256("transformer")
-        return cls(spec, transformer, text, vae, taehv, weights_sha256=sha256, placement=placement)
+        return cls(
+            spec,
+            transformer,
+            text,
+            vae,
+            taehv,
+            enhancer=source.load_enhancer(text.vocabulary),
+            weights_sha256=source.sha256("transformer"),
+            placement=placement,
+        )
 
     @property
     def preset(self) -> dict[str, bool]:

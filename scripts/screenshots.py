@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def visit(browser: Browser, options: argparse.Namespace, size: str, theme: str) -> None:
-    """Loading, idle, error, settings, models, streaming and finished: one visit of a page that has just started."""
+    """Every state of the page, from loading to finished: one visit of a page that has just started."""
     may_load = threading.Event()
 
     def load() -> Any:
@@ -108,6 +108,13 @@ def take_pictures(page: Page, start: Path, may_load: threading.Event, worker: Mo
     picture("models")
     page.locator("#models > button").click()
     page.get_by_role("button", name="Advanced").click()
+
+    if page.locator("#enhance").is_visible():  # a scripted model has no templates
+        page.get_by_label("Prompt").fill("a balloon at sunset")
+        page.locator("#enhance").click()
+        page.locator("#suggestion textarea").wait_for()
+        picture("suggestion")
+        page.locator("#suggestion-dismiss").click()
 
     page.get_by_label("Prompt").fill(PROMPT)
     page.get_by_label("Seed", exact=True).fill(SEED)

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.config import GenerationRequest, ModelSpec
 from pipeline.control import checkpoint
+from pipeline.enhance import Enhancer
 
 CODE_BITS = 12
 CODE_HEIGHT = 1 / 6
@@ -50,6 +51,7 @@ class ScriptedPipeline:
     """(block, step) -> raised there, once."""
     unavailable: dict[str, str] = field(default_factory=dict)
     vocabulary: list[str] = field(default_factory=lambda: sorted(WORDS))
+    enhancer: Enhancer | None = None
     on_step: Callable[[int, int], None] | None = None
     """Called with (block, step) before each step's checkpoint."""
 

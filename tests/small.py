@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.folder import index_entries
@@ -128,4 +128,29 @@ def write_model_folder(folder: Path, *, taehv: bool = True, **settings: Any) -> 
     ).save_pretrained(folder / "tokenizer")
     index = {**index_entries(parts), "settings": SMALL_SETTINGS | settings}
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_language_model(folder: Path, *, ends: bool = True, room: int = 4096) -> Path:
+    """A random language model of a dozen words; `ends`: whether it knows a token for the end of a text."""
+    torch.manual_seed(0)
+    specials = ("<pad>", "<unk>", "<eos>")
+    vocabulary = {word: index for index, word in enumerate((*specials, *WORDS, "light", "camera", "slowly"))}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", **({"eos_token": "<eos>"} if ends else {})
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=room,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2 if ends else None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {
     "/generate": ["prompt", "seed", "fps", "seconds", "taehv", "fp8", "compile"],
     "/stop": [],
+    "/enhance": ["prompt", "variant", "by"],
     "/options": [],
     "/video_generation_handler_streaming": ["prompt", "seed", "fps"],
 }
@@ -137,7 +138,12 @@ def test_a_page_that_still_loads_says_so(tmp_path: Path) -> None:
         server = Server(worker)
         try:
             client = Client(server.url, download_files=tmp_path, verbose=False)
-            for name, fields in (("/generate", ["a ball"]), ("/options", []), (list(PARAMETERS)[3], ["a ball"])):
+            for name, fields in (
+                ("/generate", ["a ball"]),
+                ("/options", []),
+                ("/enhance", ["a ball"]),
+                (list(PARAMETERS)[-1], ["a ball"]),
+            ):
                 with pytest.raises(AppError, match="not ready yet.*Try again"):
                     client.predict(*fields, api_name=name)
             assert client.predict(api_name="/stop") == {"stopped": "none"}

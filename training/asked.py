@@ -6,28 +6,33 @@ A caption states some of the world's attributes; only those are scored. In a pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.attributes import AttributeReader
 from training import captions
 from training.prompts import PromptFile
 from training.world import ATTRIBUTES, ClipParams, sample_params
 
 _TRIES = 300
 """Draws from the world, of which the one that fits a caption best is taken."""
-_LEADING = frozenset(captions.words("a among an at by during from in near of on over the through to under while with"))
-"""Words that a phrase begins with and means the same without."""
-_SUBJECT_TABLES = {"subject": captions.SUBJECT_NOUNS, "colour": captions.COLOUR_WORDS}
-
-_PLACES_AND_TIMES = ("weather", "time", "scene")
 _MORE_PHRASES = {"weather": {"rain": ("rain falling", "raining"), "snow": ("snow falling", "snowing")}}
 """What people say and captions do not."""
-
-Words = tuple[str, ...]
+_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "scene": captions.SCENE_PHRASES,
+    "time": captions.TIME_PHRASES,
+    "weather": {
+        value: (*phrases, *_MORE_PHRASES["weather"].get(value, ()))
+        for value, phrases in captions.WEATHER_PHRASES.items()
+    },
+    "subject": captions.SUBJECT_NOUNS,
+    "colour": captions.COLOUR_WORDS,
+    "motion": captions.MOTION_PHRASES,
+}
+_READER = AttributeReader(_TABLES, {verb for verbs in captions.VERBS.values() for verb in verbs})
 
 
 @dataclass(frozen=True)
@@ -67,68 +72,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, se
 
 def stated_in(caption: str) -> dict[str, str]:
     """The attributes that a caption states, read from its words. Where it could mean two values, it states neither."""
-    words = rest = tuple(captions.words(caption))
-    found = {}
-    # Weather first and motion last, and no word is read twice: falling snow is no place and no subject that falls.
-    for name in ("weather", "time", "scene", "subject", "colour", "motion"):
-        if name == "colour":  # it stands beside its subject
-            value, places = _colour(words), set()
-        else:
-            phrases = _phrases(name)
-            value, places = _longest(rest, phrases)
-            if value is None and name in _PLACES_AND_TIMES:
-                # A phrase without its first words: `sunny day` instead of `on a sunny day`.
-                value, places = _longest(rest, [(value, _core(phrase)) for value, phrase in phrases])
-        if value is not None:
-            found[name] = value
-            rest = tuple("" if index in places else word for index, word in enumerate(rest))
-    return {name: found[name] for name in ATTRIBUTES if name in found}
-
-
-def _phrases(name: str) -> list[tuple[str, Words]]:
-    """Pairs of a value and a phrase that states it, with every verb of the world in the place of `{verb}`."""
-    table = _SUBJECT_TABLES.get(name) or getattr(captions, f"{name.upper()}_PHRASES")
-    verbs = sorted({verb for options in captions.VERBS.values() for verb in options})
-    phrases = set()
-    for value, options in table.items():
-        for phrase in (*options, *_MORE_PHRASES.get(name, {}).get(value, ())):
-            for verb in verbs if "{verb}" in phrase else ("",):
-                phrases.add((value, tuple(captions.words(phrase.replace("{verb}", verb)))))
-    return sorted(phrases)
-
-
-def _core(phrase: Words) -> Words:
-    start = next((index for index, word in enumerate(phrase) if word not in _LEADING), 0)
-    return phrase[start:]
-
-
-def _spans(words: Words, phrase: Words) -> Iterator[int]:
-    """Where in the words a phrase begins."""
-    return (start for start in range(len(words) - len(phrase) + 1) if words[start : start + len(phrase)] == phrase)
-
-
-def _longest(words: Words, phrases: Iterable[tuple[str, Words]]) -> tuple[str | None, set[int]]:
-    """The value whose phrase is the longest in the words, and where it stands; None if two are equally long."""
-    matches: dict[str, set[int]] = {}
-    for value, phrase in phrases:
-        for start in _spans(words, phrase):
-            if len(phrase) > len(matches.get(value, ())):
-                matches[value] = set(range(start, start + len(phrase)))
-    best = [value for value, places in matches.items() if len(places) == max(map(len, matches.values()))]
-    return (best[0], matches[best[0]]) if len(best) == 1 else (None, set())
-
-
-def _colour(words: Words) -> str | None:
-    """The colour beside the subject: `a red ball`, `a red colored ball`, `a ball that is red`."""
-    found = set()
-    for _, noun in _phrases("subject"):
-        for start in _spans(words, noun):
-            before = tuple(word for word in words[:start] if word != "colored")
-            after = words[start + len(noun) :]
-            for value, phrase in _phrases("colour"):
-                if before[-len(phrase) :] == phrase or after[: len(phrase) + 2] == ("that", "is", *phrase):
-                    found.add(value)
-    return found.pop() if len(found) == 1 else None
+    mentions = _READER.read(caption).mentions
+    return {name: mentions[name][0].value for name in ATTRIBUTES if len(mentions.get(name, ())) == 1}
 
 
 def _fitting_clip(stated: dict[str, str], rng: np.random.Generator) -> tuple[ClipParams, tuple[str, ...]]:

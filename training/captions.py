@@ -88,7 +88,7 @@ WEATHER_PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "fog": ("in the fog", "in thick fog", "in the mist", "in foggy weather", "in a misty haze", "through the fog"),
 }
-_OF_CLEAR_SKIES = (
+OF_CLEAR_SKIES = (
     "on a sunny day",
     "under a bright sky",
     "in the moonlight",
@@ -274,7 +274,7 @@ def make_caption(params: ClipParams, rng: np.random.Generator, full: bool = Fals
         for name, value in params.to_dict().items()
         if params.shows(name) and (full or rng.random() < keep[name])
     }
-    cloudy = _OF_CLEAR_SKIES if params.weather != "clear" else ()
+    cloudy = OF_CLEAR_SKIES if params.weather != "clear" else ()
     while True:
         subject = _subject_phrase(params, stated, rng)
         verb = _choose(rng, VERBS[params.subject])

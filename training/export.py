@@ -17,7 +17,7 @@ from transformers import UMT5EncoderModel
 from pipeline.config import ModelSpec
 from pipeline.errors import WeightsError
 from pipeline.folder import INDEX_FILE, index_entries
-from training import console
+from training import console, enhancing
 from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
 from training.network import WEIGHTS_FILE, load_network, transformer_folder
@@ -110,6 +110,7 @@ def export(run: Path, data: Path, out: Path, base: Path | None = None, share: fl
         ):
             shutil.copytree(source, folder / name)
         (folder / INDEX_FILE).write_text(json.dumps({**index_entries(), "settings": asdict(spec)}, indent=2) + "\n")
+        enhancing.write(folder)
         for part in folder.iterdir():
             target = out / part.name
             if target.is_dir():

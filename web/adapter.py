@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.config import GenerationRequest, ModelSpec
+from pipeline.enhance import Enhancer
 
 DEFAULT_FPS = 16.0
 
@@ -33,6 +34,8 @@ class AdaptedPipeline:
         self.fps = float(getattr(spec, "fps", DEFAULT_FPS))
         """Playback rate that a request gets if it names none."""
         self.native_fps = float(getattr(spec, "native_fps", self.fps))
+        self.enhancer: Enhancer | None = getattr(pipeline, "enhancer", None)
+        """Fills prompts in from the model's own templates; None: it has none."""
 
     @property
     def preset(self) -> dict[str, bool]:

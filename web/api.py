@@ -25,12 +25,16 @@ MODEL_QUEUE = "model"
 
 
 def add_endpoints(page: Page) -> None:
-    """Add `/generate`, `/stop`, `/options` and `/video_generation_handler_streaming` to the page's blocks."""
+    """Add the endpoints to the page's blocks: each method of `Endpoints` is one."""
     endpoints = Endpoints(page)
     video = gr.File(label="MP4", visible=False)
     recipe = gr.JSON(label="Recipe", visible=False)
     progress = gr.JSON(label="Progress", visible=False)
     answer = gr.JSON(label="Answer", visible=False)
+    variant = gr.Number(0, label="Variant", visible=False)
+    by = gr.Textbox("", label="By", visible=False)
+    text = gr.Textbox(label="Suggestion", visible=False)
+    notes = gr.JSON(label="Notes", visible=False)
     model: dict[str, Any] = {"concurrency_id": MODEL_QUEUE, "concurrency_limit": 1, "show_progress": "hidden"}
     aside: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
@@ -39,6 +43,7 @@ def add_endpoints(page: Page) -> None:
 
     endpoint("generate", endpoints.generate, page.ui.inputs, [video, recipe, progress], **model)
     endpoint("stop", endpoints.stop, [], [answer], **aside)
+    endpoint("enhance", endpoints.enhance, [page.ui.prompt, variant, by], [text, notes], **aside)
     endpoint("options", endpoints.options, [], [answer], **aside)
     endpoint(
         "video_generation_handler_streaming",
@@ -97,11 +102,29 @@ class Endpoints:
         """
         return {"stopped": self._page.generator.sessions.stop(session_of(request))}
 
+    def enhance(self, prompt: str, variant: float = 0, by: str = "") -> tuple[str, list[str]]:
+        """Suggest a longer prompt, which no video is made of until it is sent to generate. Does not wait for videos.
+
+        Args:
+            prompt: What the video is to show, 1 to 2,000 characters.
+            variant: 0 to 99. Another number gives another suggestion, the same one the same.
+            by: "templates" (of a small model) or "language" (a language model); empty: the first that is here.
+
+        Returns:
+            The longer prompt, and sentences about it: what was added or left out.
+        """
+        try:
+            suggestion = self._page.help.suggest(self._page.generator.pipeline, prompt, variant, by)
+        except SelfForcingError as error:
+            raise refusal(error) from error
+        return suggestion.text, list(suggestion.notes)
+
     def options(self) -> dict[str, Any]:
         """What can be asked for here: limits and defaults of every field, options that cannot work and why.
 
         Returns:
-            Model, frame size, limits, defaults, unavailable options, and the words of a small model (empty: any).
+            Model, frame size, limits, defaults, unavailable options, the words of a small model (empty: any), and what
+            makes suggestions for prompts.
         """
         page = self._page
         try:
@@ -131,6 +154,7 @@ class Endpoints:
             },
             "unavailable": model.unavailable_options(),
             "known_words": model.known_words(),
+            "enhancers": page.help.kinds(model),
         }
 
     def video_generation_handler_streaming(

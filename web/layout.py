@@ -13,6 +13,7 @@ from pipeline.config import FPS_RANGE, SECONDS_RANGE
 from pipeline.loading import LoadingState
 from web import pieces, status
 from web.adapter import AdaptedPipeline
+from web.enhance import PromptHelp, SuggestionBox
 from web.generation import DEFAULT_SECONDS
 from web.models import ModelMenu
 from web.player import live_video
@@ -38,11 +39,15 @@ class Layout:
     Args:
         loading: How far the model is.
         longest: Seconds of video that may be asked for.
+        help: What makes suggestions for prompts.
         menu: Makes the Model menu, if there is to be one.
     """
 
-    def __init__(self, loading: LoadingState, longest: float, menu: Callable[[], ModelMenu] | None = None) -> None:
+    def __init__(
+        self, loading: LoadingState, longest: float, help: PromptHelp, menu: Callable[[], ModelMenu] | None = None
+    ) -> None:
         self._longest = longest
+        self._help = help
         self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
         gr.HTML(pieces.ANNOUNCEMENTS, elem_id="announcements", padding=False)
         # What somebody else has changed. Not a toast: those do not reach a page that is asking for nothing.
@@ -50,13 +55,15 @@ class Layout:
         # In the order in which a phone shows them, and the Tab key goes; a wide window has the second at the right.
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(min_width=0, elem_id="ask"):
-                self.prompt = gr.Textbox(
-                    label="Prompt",
-                    placeholder=f"Describe the video, for example: {_examples()[0]}",
-                    lines=3,
-                    max_lines=8,
-                    elem_id="prompt",
-                )
+                with gr.Column(min_width=0, elem_id="prompt-box"):
+                    self.prompt = gr.Textbox(
+                        label="Prompt",
+                        placeholder=f"Describe the video, for example: {_examples()[0]}",
+                        lines=3,
+                        max_lines=8,
+                        elem_id="prompt",
+                    )
+                    self.suggestion = SuggestionBox()
                 self.notice = gr.HTML("", elem_id="notice", padding=False)
                 with gr.Row(elem_id="buttons"):
                     self.generate = gr.Button(
@@ -134,8 +141,14 @@ class Layout:
             self.settings_notice,
             self.words,
             self.word_list,
+            self.suggestion.button,
+            self.suggestion.by,
         ]
         return [*fitted, *self.options.values()]
+
+    def without_model(self) -> dict[Any, dict[str, Any]]:
+        """Component -> its settings while there is no model."""
+        return {self.generate: {"interactive": False}, **self.suggestion.fitted_to([])}
 
     def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
         """Component -> its settings for this model, whatever model it was fitted to before."""
@@ -154,6 +167,7 @@ class Layout:
             self.settings_notice: {"value": plan},
             self.words: {"label": f"The {len(words)} words this model knows", "visible": bool(words)},
             self.word_list: {"value": pieces.word_list(words)},
+            **self.suggestion.fitted_to(self._help.kinds(model)),
         }
         for name, option in self.options.items():
             fitted[option] = {"info": OPTIONS[name][1], "interactive": True}

@@ -102,7 +102,7 @@ class _ModelEvents:
             model = page.model_or_none()
             if model is None:
                 new[page.ui.news] = pieces.news(self._why_none())
-                new[page.ui.generate] = gr.update(interactive=False)
+                new |= {component: gr.update(**settings) for component, settings in page.ui.without_model().items()}
             else:
                 fitted = page.ui.fitted_to(model)
                 new |= {component: gr.update(**fitted[component]) for component in self.outputs[1:]}

@@ -10,7 +10,8 @@
     notice.hidden = false;
   };
 
-  // ---- keyboard: Ctrl+Enter (or Cmd+Enter) generates, Escape stops; each presses its button if that can be pressed now
+  // ---- keyboard: Ctrl+Enter (or Cmd+Enter) generates, Escape stops; each presses its button if that can be pressed now.
+  // In a suggestion they take it and dismiss it.
 
   const press = (id) => {
     const button = byId(id);
@@ -18,12 +19,13 @@
   };
 
   document.addEventListener("keydown", (event) => {
+    const suggested = event.target.closest?.("#suggestion-box") != null;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      if (!event.repeat) press("generate");
+      if (!event.repeat) press(suggested ? "suggestion-use" : "generate");
     } else if (event.key === "Escape" && !event.isComposing && !event.defaultPrevented) {
       // In full screen, Escape leaves it and does nothing else.
-      if (document.fullscreenElement === null) press("stop");
+      if (document.fullscreenElement === null) press(suggested ? "suggestion-dismiss" : "stop");
     }
   });
 

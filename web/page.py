@@ -14,6 +14,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from pipeline.config import SECONDS_RANGE, check_available
+from pipeline.enhance_language import LanguageEnhancer
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
 from pipeline.recipe import read_recipe, request_from_recipe
 from pipeline.worker import ModelWorker
@@ -21,6 +22,8 @@ from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
 from web.api import MODEL_QUEUE, add_endpoints
 from web.body_limit import BodyLimit
+from web.enhance import PromptHelp
+from web.enhance_events import wire_suggestions
 from web.events import Values, refusal, session_of, shown, take_files_only
 from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
@@ -55,7 +58,12 @@ LAUNCH_DEFAULTS: dict[str, Any] = {
 }
 
 
-def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS, models: ModelChoices | None = None) -> gr.Blocks:
+def build_app(
+    pipeline: Any,
+    max_seconds: float = DEFAULT_MAX_SECONDS,
+    models: ModelChoices | None = None,
+    language: LanguageEnhancer | None = None,
+) -> gr.Blocks:
     """The whole app around a pipeline, ready for `launch()`.
 
     Args:
@@ -63,20 +71,28 @@ def build_app(pipeline: Any, max_seconds: float = DEFAULT_MAX_SECONDS, models: M
             it is. In a pinch any object with `stream(request)`.
         max_seconds: Longest video that may be asked for. A run may take twice as long and a minute more.
         models: What the Model menu offers; None: there is no menu.
+        language: Writes prompts out if a visitor asks for it; None: at most the model's own templates do.
     """
     if isinstance(pipeline, ModelWorker):
         worker = pipeline
     else:
         worker = ModelWorker(adapted(pipeline))
         worker.wait_ready()
-    return Page(worker, max_seconds, models).blocks
+    return Page(worker, max_seconds, models, language).blocks
 
 
 class Page:
     """Wires the components to a `Generator`."""
 
-    def __init__(self, worker: ModelWorker, max_seconds: float, models: ModelChoices | None = None) -> None:
+    def __init__(
+        self,
+        worker: ModelWorker,
+        max_seconds: float,
+        models: ModelChoices | None = None,
+        language: LanguageEnhancer | None = None,
+    ) -> None:
         self.worker = worker
+        self.help = PromptHelp(language)
         self.max_seconds = max_seconds
         self.blocks = gr.Blocks(
             title="Self-Forcing: text to video, live",
@@ -87,10 +103,11 @@ class Page:
         self.streams = StreamMemory(self.blocks)
         with self.blocks:
             menu = None if models is None else lambda: ModelMenu(models, worker)
-            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), menu)
+            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), self.help, menu)
             self.home = Path(self.ui.download.GRADIO_CACHE)
             self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
             self._wire()
+            wire_suggestions(self)
             if self.ui.models is not None:
                 wire_models(self, self.ui.models)
             add_endpoints(self)
@@ -113,7 +130,7 @@ class Page:
         """Make the page that visitors get from now on the one for this model."""
         model = self.model_or_none()
         # Without one (it is still loading, or was lost in an exchange) nothing can be made.
-        fitted = {self.ui.generate: {"interactive": False}} if model is None else self.ui.fitted_to(model)
+        fitted = self.ui.without_model() if model is None else self.ui.fitted_to(model)
         for component, settings in fitted.items():
             for name, value in settings.items():
                 setattr(component, name, value)

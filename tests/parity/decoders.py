@@ -24,6 +24,8 @@ from tests.parity.report import Row, largest_error
 __all__ = ["CASES", "check_taehv_formula", "check_taehv_small", "check_wan_vae_small"]
 
 TOLERANCE = 5e-6
+ROUNDING = 1e-5
+"""Of float32 at the published widths: without AVX-512, sums over 256 channels round by up to 8e-6."""
 
 
 def check_taehv_small(path: Path) -> list[Row]:
@@ -38,7 +40,11 @@ def check_taehv_formula(path: Path) -> list[Row]:
     config, tensors = _read(path)
     upscale = tuple(config.get("decoder_time_upscale", (False, True, True)))
     weights = _formula_weights(config["shapes"], config["last_bias_key"])
-    return _check_taehv(TAEHV.from_published(weights, upscale), tensors)
+    rows = _check_taehv(TAEHV.from_published(weights, upscale), tensors, ROUNDING)
+    with torch.no_grad():  # in float64 there is no rounding of ours in the error
+        raw = TAEHV.from_published(weights, upscale).eval().double().decode_raw(tensors["latents"].double())
+    error = largest_error(raw.float(), tensors["raw_untrimmed_unclamped"])
+    return [*rows, Row("decode raw in float64", error, TOLERANCE)]
 
 
 def check_wan_vae_small(path: Path) -> list[Row]:
@@ -63,29 +69,34 @@ def check_wan_vae_small(path: Path) -> list[Row]:
     return [*rows, Row("encode", largest_error(encode_wan(vae, frames), encoded), TOLERANCE)]
 
 
-def _check_taehv(taehv: TAEHV, tensors: dict[str, Tensor]) -> list[Row]:
+def _check_taehv(taehv: TAEHV, tensors: dict[str, Tensor], tolerance: float = TOLERANCE) -> list[Row]:
     taehv.eval()
     latents = tensors["latents"]
     rows = []
     with torch.no_grad():
         raw = taehv.decode_raw(latents)
-        rows.append(Row("decode raw", largest_error(raw, tensors["raw_untrimmed_unclamped"]), TOLERANCE))
-        rows += _check_splits(TaehvStreamDecoder(taehv), latents, tensors["full_trimmed_clamped"])
+        rows.append(Row("decode raw", largest_error(raw, tensors["raw_untrimmed_unclamped"]), tolerance))
+        rows += _check_splits(TaehvStreamDecoder(taehv), latents, tensors["full_trimmed_clamped"], tolerance=tolerance)
         if "encode_in" in tensors:
             encoded = taehv.encode_raw(tensors["encode_in"])
-            rows.append(Row("encode", largest_error(encoded, tensors["encode_out"]), TOLERANCE))
+            rows.append(Row("encode", largest_error(encoded, tensors["encode_out"]), tolerance))
     return rows
 
 
 def _check_splits(
-    decoder: StreamDecoder, latents: Tensor, expected: Tensor, scale: float = 1.0, block: int | None = None
+    decoder: StreamDecoder,
+    latents: Tensor,
+    expected: Tensor,
+    scale: float = 1.0,
+    block: int | None = None,
+    tolerance: float = TOLERANCE,
 ) -> list[Row]:
     """One row for each way of cutting the clip into blocks; the decoder is reset before each."""
     rows = []
     for name, sizes in _splits(latents.shape[1], block):
         decoder.reset()
         frames = torch.cat([decoder.decode(part) for part in latents.split(sizes, 1)], 1)
-        rows.append(Row(f"decode {name}", largest_error(frames, expected) * scale, TOLERANCE))
+        rows.append(Row(f"decode {name}", largest_error(frames, expected) * scale, tolerance))
     return rows
 
 
