@@ -10,7 +10,7 @@ from importlib import import_module
 
 from pipeline.cli import main as make_video
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {"compare": "pipeline.compare_cli"}
 """First word of the command line -> the module that answers it."""
 
 

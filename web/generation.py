@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pipeline.config import SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
+from pipeline.meter import RunMeter
 from pipeline.recipe import build_recipe
 from pipeline.video import Segment, SegmentEncoder
 from pipeline.worker import ModelWorker, Run
 from web.adapter import AdaptedPipeline, adapted
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.sessions import Sessions, Ticket
-from web.status import RunMeter
 from web.storage import VideoStore
 
 logger = logging.getLogger(__name__)
