@@ -17,7 +17,8 @@ from pipeline.video import SegmentEncoder
 GAP = 4
 """Pixels between the two pictures. Even, as H.264 wants the whole."""
 _BACKGROUND, _INK = (16, 20, 30), (236, 238, 242)
-_SMALLEST_FONT = 7
+_FINER = 4
+_SMALLEST_FONT = 7 * _FINER
 
 
 def write_side_by_side(comparison: Comparison, report: dict[str, Any], path: Path) -> Iterator[None]:
@@ -70,14 +71,15 @@ def joined(a: np.ndarray, b: np.ndarray, label_a: str, label_b: str) -> np.ndarr
 def strip(text: str, height: int, width: int) -> np.ndarray:
     """A line of text above frames of this size (pixels), as large as it fits: uint8 [h, width, 3]."""
     bar = _even(min(36, max(14, height // 9)))
-    picture = Image.new("RGB", (width, bar), _BACKGROUND)
+    # Drawn large and reduced: a font of ten pixels would move every letter to a whole pixel, some onto the next one.
+    picture = Image.new("RGB", (width * _FINER, bar * _FINER), _BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    margin = bar // 4
-    size = bar - 4
-    while size > _SMALLEST_FONT and draw.textlength(text, font=ImageFont.load_default(size)) > width - 2 * margin:
-        size -= 1
-    draw.text((margin, bar / 2), text, fill=_INK, font=ImageFont.load_default(size), anchor="lm")
-    return np.asarray(picture)
+    margin = bar * _FINER // 4
+    size = (bar - 3) * _FINER
+    while size > _SMALLEST_FONT and draw.textlength(text, ImageFont.load_default(size)) > picture.width - 2 * margin:
+        size -= _FINER
+    draw.text((margin, picture.height / 2), text, fill=_INK, font=ImageFont.load_default(size), anchor="lm")
+    return np.asarray(picture.resize((width, bar), Image.Resampling.LANCZOS))
 
 
 def _even(number: int) -> int:

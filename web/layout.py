@@ -13,6 +13,7 @@ from pipeline.config import FPS_RANGE, SECONDS_RANGE
 from pipeline.loading import LoadingState
 from web import pieces, status
 from web.adapter import AdaptedPipeline
+from web.compare_panel import ComparePanel
 from web.generation import DEFAULT_SECONDS
 from web.models import ModelMenu
 from web.player import live_video
@@ -76,6 +77,7 @@ class Layout:
             with gr.Column(min_width=0, elem_id="more"):
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._lay_out_settings(longest)
+                self.compare = ComparePanel({name: label for name, (label, _) in OPTIONS.items()})
                 self.models = None if menu is None else menu()
                 gr.Examples(
                     examples=[[prompt] for prompt in _examples()],
@@ -132,7 +134,7 @@ class Layout:
             self.words,
             self.word_list,
         ]
-        return [*fitted, *self.options.values()]
+        return [*fitted, *self.options.values(), *self.compare.fitted]
 
     def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
         """Component -> its settings for this model, whatever model it was fitted to before."""
@@ -156,7 +158,7 @@ class Layout:
             fitted[option] = {"info": OPTIONS[name][1], "interactive": True}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
-        return fitted
+        return fitted | self.compare.fitted_to(unavailable)
 
 
 def _examples() -> list[str]:

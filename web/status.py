@@ -12,11 +12,11 @@ from web.sessions import Place
 
 
 def loading(state: LoadingState) -> str:
-    return _card("busy", "Loading the model", f"{state.stage} …", share=state.share)
+    return card("busy", "Loading the model", f"{state.stage} …", share=state.share)
 
 
 def idle(line: str) -> str:
-    return _card("idle", "Ready", line)
+    return card("idle", "Ready", line)
 
 
 def waiting(place: Place) -> str:
@@ -25,15 +25,15 @@ def waiting(place: Place) -> str:
     runs = "1 run is" if place.ahead == 1 else f"{place.ahead} runs are"
     wait = "" if place.seconds is None else f" About {_duration(place.seconds)} to go."
     line = f"{runs} ahead of yours.{wait} It starts by itself."
-    return _card("busy", f"Number {place.ahead + 1} in the queue", line, share=0.0)
+    return card("busy", f"Number {place.ahead + 1} in the queue", line, share=0.0)
 
 
 def starting() -> str:
-    return _card("busy", "Starting", "The model reads your prompt.", share=0.0)
+    return card("busy", "Starting", "The model reads your prompt.", share=0.0)
 
 
 def stopped_early() -> str:
-    return _card("idle", "Stopped", "Nothing was made yet.")
+    return card("idle", "Stopped", "Nothing was made yet.")
 
 
 def generating(meter: RunMeter, *, buffering: bool = False) -> str:
@@ -41,7 +41,7 @@ def generating(meter: RunMeter, *, buffering: bool = False) -> str:
     of_blocks = f" of {run.num_blocks}" if run.num_blocks else ""
     of_frames = f" of {run.num_frames}" if run.num_frames else ""
     line = f"Block {meter.blocks}{of_blocks} · {meter.frames}{of_frames} frames"
-    return _card("busy", "Buffering" if buffering else "Generating", line, share=meter.share, meter=meter)
+    return card("busy", "Buffering" if buffering else "Generating", line, share=meter.share, meter=meter)
 
 
 def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: bool = False) -> str:
@@ -51,14 +51,14 @@ def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: 
         line, share = f"{line}, all that was made", meter.share
     else:
         share = 1.0
-    return _card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
+    return card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
 
 
 def failed(message: str, meter: RunMeter | None = None) -> str:
-    return _card("failed", "Failed", message, meter=meter)
+    return card("failed", "Failed", message, meter=meter)
 
 
-def _card(
+def card(
     state: str,
     headline: str,
     line: str,
@@ -67,6 +67,7 @@ def _card(
     meter: RunMeter | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> str:
+    """A card in a state (busy, idle, done, failed), with a bar if `share` says how much is done."""
     parts = [f'<p class="sf-headline"><b>{escape(headline)}</b> <span>{escape(line)}</span></p>']
     if share is not None:
         percent = f"{100 * share:.1f}%"
