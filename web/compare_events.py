@@ -29,11 +29,11 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
     buttons = [panel.make, panel.stop, page.ui.generate, page.ui.stop]
     asked = [*page.ui.inputs, panel.switch]
     begun = panel.make.click(
-        events.begin, asked, [panel.ticket, panel.status, panel.timer, *panel.downloads, *buttons], **aside
+        events.begin_both, asked, [panel.ticket, panel.status, panel.timer, *panel.downloads, *buttons], **aside
     )
     begun.success(None, None, None, js=_HIDE, **quiet)
     comparing = begun.success(
-        events.compare,
+        events.make_both,
         [*asked, panel.ticket],
         [panel.status, *panel.downloads],
         concurrency_limit=1,
@@ -41,10 +41,10 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
         show_progress="hidden",
         api_visibility="private",
     )
-    comparing.then(events.end, [panel.ticket], [panel.status, panel.timer, *buttons], **quiet)
+    comparing.then(events.end_both, [panel.ticket], [panel.status, panel.timer, *buttons], **quiet)
     comparing.then(None, [panel.a, panel.b], None, js=_SHOW, **quiet)
-    panel.stop.click(events.stop, None, [panel.status, *buttons], **quiet)
-    panel.timer.tick(events.place, None, [panel.status, panel.timer], **quiet)
+    panel.stop.click(events.stop_both, None, [panel.status, *buttons], **quiet)
+    panel.timer.tick(events.place_of_both, None, [panel.status, panel.timer], **quiet)
 
 
 class _CompareEvents:
@@ -52,7 +52,7 @@ class _CompareEvents:
         self._page = page
         self._panel = panel
 
-    def begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, request: gr.Request) -> Values:
+    def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch)
         expected = lambda: self._page.comparer.expected_seconds(pair)  # noqa: E731
@@ -60,7 +60,7 @@ class _CompareEvents:
         timer = gr.Timer(active=place.ahead > 0)
         return ticket.id, status.waiting(place), timer, *self._files(None), *_both(running=True)
 
-    def compare(
+    def make_both(
         self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, ticket, request: gr.Request
     ) -> Iterator[Values]:
         self._page.generator.wait_for_exchange()
@@ -71,19 +71,19 @@ class _CompareEvents:
         except SelfForcingError as error:
             raise refusal(error) from error
 
-    def end(self, ticket: str | None, request: gr.Request) -> Values:
+    def end_both(self, ticket: str | None, request: gr.Request) -> Values:
         session = session_of(request)
         ended = self._page.generator.sessions.settle(session, ticket)
         running = self._page.generator.sessions.busy(session)
         # A run that never came (the queue was full) leaves nothing that it could be waiting for.
         return "" if ended is None else gr.skip(), gr.Timer(active=False), *_both(running=running)
 
-    def stop(self, request: gr.Request) -> Values:
+    def stop_both(self, request: gr.Request) -> Values:
         # One that goes on tells of its end itself.
         waited = self._page.generator.sessions.stop(session_of(request)) == "waiting"
         return status.stopped_early() if waited else gr.skip(), *_both(running=False)
 
-    def place(self, request: gr.Request) -> Values:
+    def place_of_both(self, request: gr.Request) -> Values:
         place = self._page.place_of(session_of(request))
         if place is None:
             return gr.skip(), gr.Timer(active=False)

@@ -48,7 +48,7 @@ class ComparePanel:
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._labels = labels
         with gr.Accordion("Compare", open=False, elem_id="compare", visible=False) as self.panel:
-            gr.HTML(_EXPLANATION, padding=False)
+            gr.HTML(_EXPLANATION, elem_id="compare-explanation", padding=False)
             self.switch = gr.Radio(self._choices({}), label="Switch", elem_id="compare-switch")
             with gr.Row(elem_id="compare-buttons"):
                 self.make = gr.Button("Make both", elem_id="compare-make")
@@ -57,8 +57,8 @@ class ComparePanel:
             self.status = gr.HTML("", elem_id="compare-status", padding=False)
             with gr.Row(elem_id="compare-files", visible=False) as self.files:
                 self.both = gr.DownloadButton("Download side by side", size="sm", elem_id="compare-both")
-                self.a = gr.DownloadButton("A", size="sm", elem_id="compare-a")
-                self.b = gr.DownloadButton("B", size="sm", elem_id="compare-b")
+                self.a = gr.DownloadButton("Download A", size="sm", elem_id="compare-a")
+                self.b = gr.DownloadButton("Download B", size="sm", elem_id="compare-b")
         # As the page's own ticket, which see.
         self.ticket = gr.Button("", visible="hidden", elem_id="compare-ticket")
         self.timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
