@@ -64,7 +64,7 @@ def test_ci_runs_exactly_the_test_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-APP, CLI = ("app.py",), ("-m", "pipeline")
+APP, CLI, COMPARE = ("app.py",), ("-m", "pipeline"), ("-m", "pipeline", "compare")
 WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "list")]
 
 
@@ -75,7 +75,7 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
         ("The page", [APP]),
         ("Published models", [APP, *WEIGHTS]),
         ("Letting others in", [APP]),
-        ("The command line", [CLI]),
+        ("The command line", [CLI, COMPARE]),
     ],
 )
 def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:
