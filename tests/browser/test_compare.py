@@ -20,8 +20,17 @@ def pipeline() -> SwitchedPipeline:
     return SwitchedPipeline(unavailable={"compile": "There is no compiler here."})
 
 
+SECONDS, FRAMES = 2, 33
+
+
 def make_both(page) -> None:
     page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_role("button", name="Advanced").click()
+    length = page.get_by_label("Length (s)")
+    wait_until(page, lambda: length.input_value() == "5")
+    length.fill(f"{SECONDS}")
+    length.press("Tab")
+    page.get_by_role("button", name="Advanced").click()
     page.locator("#compare > button").click()
     page.get_by_label("TAEHV VAE").nth(-1).wait_for()
     page.locator("#compare-make").click()
@@ -57,7 +66,7 @@ def test_two_videos_play_as_one_and_the_line_between_them_moves(open_page, site,
     page.locator("#compared-play").click()
     page.wait_for_timeout(100)
     page.get_by_label("Place in both videos").fill("500")
-    wait_until(page, lambda: times(page)[0] == times(page)[1] == pytest.approx(81 / 16 / 2, abs=0.02))
+    wait_until(page, lambda: times(page)[0] == times(page)[1] == pytest.approx(FRAMES / 16 / 2, abs=0.02))
     assert page.inner_text("#compared-play") == "Play"
 
     line = page.get_by_label("Line between A and B")
@@ -78,7 +87,7 @@ def test_two_videos_play_as_one_and_the_line_between_them_moves(open_page, site,
     path = tmp_path / download.value.suggested_filename
     download.value.save_as(path)
     frames = read_media(path).frames
-    assert [read_code(frame[:, : frame.shape[1] // 2 - 14]) for frame in frames] == list(range(81))
+    assert [read_code(frame[:, : frame.shape[1] // 2 - 14]) for frame in frames] == list(range(FRAMES))
 
 
 @retried
