@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MODEL_QUEUE = "model"
 """What everything that makes video waits in."""
 
+SIDE_A, SIDE_B = "fp8=on", "fp8=off"
+"""What `/compare` compares unless its caller says otherwise."""
+
 
 def add_endpoints(page: Page) -> None:
     """Add `/generate`, `/stop`, `/options`, `/compare` and the name that other projects call to the page's blocks."""
@@ -32,7 +35,7 @@ def add_endpoints(page: Page) -> None:
     video = gr.File(label="MP4", visible=False)
     recipe = gr.JSON(label="Recipe", visible=False)
     report = gr.JSON(label="Report", visible=False)
-    sides = [gr.Textbox(label=label, visible=False) for label in ("A", "B")]
+    sides = [gr.Textbox(label=label, value=value, visible=False) for label, value in (("A", SIDE_A), ("B", SIDE_B))]
     progress = gr.JSON(label="Progress", visible=False)
     answer = gr.JSON(label="Answer", visible=False)
     model: dict[str, Any] = {"concurrency_id": MODEL_QUEUE, "concurrency_limit": 1, "show_progress": "hidden"}
@@ -175,8 +178,8 @@ class Endpoints:
         seed: float = -1,
         fps: float | None = None,
         seconds: float = DEFAULT_SECONDS,
-        a: str = "fp8=on",
-        b: str = "fp8=off",
+        a: str = SIDE_A,
+        b: str = SIDE_B,
         request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
     ) -> Iterator[tuple[Any, ...]]:
         """Make a video twice from the same noise, with different switches, and measure how the two differ.
