@@ -215,13 +215,14 @@ class Comparison:
         assert self.a.meter is not None and self.b.meter is not None
         errors = self._errors()
         frames = [psnr(error) for error in errors]
+        identical = not any(errors)
         worst = int(np.argmax(errors))
         run = self.a.meter.run
         return {
-            "identical": not any(errors),
+            "identical": identical,
             "psnr": psnr(float(np.mean(errors))),
             "psnr_lowest": frames[worst],
-            "psnr_lowest_frame": worst,
+            "psnr_lowest_frame": None if identical else worst,
             "psnr_frames": frames,
             "differs": list(self.pair.differs),
             "differs_in": self.pair.differs_in,
@@ -266,7 +267,7 @@ class Comparison:
 
     def _errors(self) -> list[float]:
         """Mean squared error of each frame, 0 to 255²."""
-        return [float(error) for a, b in self.pieces() for error in squared_errors(a, b)]
+        return [error for a, b in self.pieces() for error in squared_errors(a, b)]
 
 
 def compare(source: StreamingPipeline | ModelWorker, request: GenerationRequest, a: Switches, b: Switches) -> dict:
@@ -294,10 +295,10 @@ def compare(source: StreamingPipeline | ModelWorker, request: GenerationRequest,
             worker.close()
 
 
-def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared error of each frame: uint8 [T, H, W, 3] twice -> float64 [T]."""
-    difference = a.astype(np.int32) - b.astype(np.int32)
-    return (difference * difference).mean(axis=(1, 2, 3), dtype=np.float64)
+def squared_errors(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """Mean squared error of each frame: uint8 [T, H, W, 3] twice -> T numbers from 0 to 255²."""
+    # One frame at a time, and in 32 bits: squares of bytes overflow in 16, and a piece of large frames is much memory.
+    return [float(np.mean(np.square(left.astype(np.int32) - right))) for left, right in zip(a, b, strict=True)]
 
 
 def psnr(error: float) -> float | None:

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_psnr_is_the_textbooks() -> None:
     b[1] = OFF_BY
     b[2, 0, 0, 0] = 255
     assert [psnr(error) for error in squared_errors(a, b)] == [None, PSNR, pytest.approx(13.802, abs=1e-3)]
-    assert list(squared_errors(a, b)) == list(squared_errors(b, a)), "no value wraps around"
+    assert squared_errors(a, b) == squared_errors(b, a), "no value wraps around"
 
 
 def test_a_switch_that_shows_is_measured() -> None:
@@ -65,6 +66,7 @@ def test_a_switch_that_shows_is_measured() -> None:
 def test_a_switch_that_changes_nothing_is_told_as_identical_in_valid_json() -> None:
     report = compare(SwitchedPipeline(), REQUEST, {"fp8": True}, {"fp8": False})
     assert report["identical"] is True and report["psnr"] is None and report["psnr_lowest"] is None
+    assert report["psnr_lowest_frame"] is None
     assert json.loads(json.dumps(report, allow_nan=False))["psnr_frames"] == [None] * 21
 
 
@@ -124,7 +126,7 @@ def test_what_cannot_work_here_is_refused_before_anything_is_made() -> None:
     with pytest.raises(OptionUnavailable, match="no TAEHV here"):
         compare(pipeline, REQUEST, {}, ON)
     with pytest.raises(InvalidRequest, match=r"35997 frames take 86.3 GB .*at most 2 GB.*fewer seconds"):
-        huge = ScriptedPipeline(spec=type(SPEC)(**{**vars(SPEC), "height": 480, "width": 832}))
+        huge = ScriptedPipeline(spec=replace(SPEC, height=480, width=832))
         compare(huge, GenerationRequest(prompt="a ball", seconds=600, fps=60), ON, OFF)
     assert pipeline.requests == huge.requests == []
 
@@ -158,6 +160,18 @@ def test_a_failure_of_one_side_is_told() -> None:
 
     pipeline.on_step = fail
     with pytest.raises(SelfForcingError, match="B failed"):
+        compare(pipeline, REQUEST, ON, OFF)
+
+
+def test_two_models_are_not_compared() -> None:
+    pipeline = SwitchedPipeline()
+
+    def exchange(block: int, step: int) -> None:
+        if len(pipeline.requests) == 3:
+            pipeline.spec = replace(SPEC, name="another")
+
+    pipeline.on_step = exchange
+    with pytest.raises(SelfForcingError, match="exchanged between"):
         compare(pipeline, REQUEST, ON, OFF)
 
 
