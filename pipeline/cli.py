@@ -92,7 +92,8 @@ def run_command(
         report(json.dumps(result, allow_nan=False) if options.json else sentence(result))
         return 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):  # `timeout`, for one, sends its signal twice
+            signal.signal(number, signal.SIG_IGN)
         say("Stopped. Nothing was written.")
         _leave_without_the_model(worker, EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def wire_comparison(page: Page, panel: ComparePanel) -> None:
     """Connect the panel's components. To be called inside the page's blocks."""
-    events = _CompareEvents(page, panel)
+    events = _CompareEvents(page)
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     # In the queue, though it never waits there: the page shows no errors of events outside of it.
     aside = {**quiet, "queue": True, "concurrency_limit": None}
@@ -48,15 +48,13 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
 
 
 class _CompareEvents:
-    def __init__(self, page: Page, panel: ComparePanel) -> None:
+    def __init__(self, page: Page) -> None:
         self._page = page
-        self._panel = panel
 
     def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch)
-        expected = lambda: self._page.comparer.expected_seconds(pair)  # noqa: E731
-        ticket, place = self._page.announce(session_of(request), expected)
+        ticket, place = self._page.announce(session_of(request), lambda: self._page.comparer.expected_seconds(pair))
         timer = gr.Timer(active=place.ahead > 0)
         return ticket.id, status.waiting(place), timer, *self._files(None), *_both(running=True)
 
