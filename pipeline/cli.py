@@ -56,6 +56,10 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto") -> Str
     return SelfForcingPipeline.from_pretrained(folder, device, placement=placement_for(folder, device, memory))
 
 
+Work = Callable[[ModelWorker, StreamingPipeline], dict[str, Any]]
+"""What a command does with the model. Returns what `--json` prints."""
+
+
 def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C).
 
@@ -63,25 +67,42 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         argv: Arguments without the program's name; default: those of this process.
         load: Loads the model. Tests pass one that needs no weights.
     """
+    return run_command(argv, parse, read_video, video_sentence, load)
+
+
+def run_command(
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    read: Callable[[argparse.Namespace], Work],
+    sentence: Callable[[dict[str, Any]], str],
+    load: LoadPipeline | None = None,
+) -> int:
+    """Run a command that needs the model. Returns the exit code, as `main`.
+
+    Args:
+        argv, load: as `main` has them.
+        parse: Reads the arguments, among them those of `add_video_arguments` and `add_output_arguments`.
+        read: Checks what is asked for, before anything heavy is imported, and returns what is to be done.
+        sentence: Says for people what was done.
+    """
     worker, verbose = None, False
     try:
         options = parse(argv)
         verbose = options.verbose
         quiet_libraries(options.verbose)
-        request = read_request(options)
-        output = read_output(options, request)
+        work = read(options)
         model, device = check_model_folder(options.model), check_device_name(options.device)
         memory = check_memory(options.memory)
         load = load or partial(load_pipeline, memory=memory)
         terminate_like_interrupt()
         # Everything said so far came at once; importing torch takes seconds.
         worker = ModelWorker(lambda: load(model, device))
-        pipeline = worker.wait_ready()
-        result = generate(worker, pipeline, request, output)
-        report(result, as_json=options.json)
+        result = work(worker, worker.wait_ready())
+        report(json.dumps(result, allow_nan=False) if options.json else sentence(result))
         return 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):  # `timeout`, for one, sends its signal twice
+            signal.signal(number, signal.SIG_IGN)
         say("Stopped. Nothing was written.")
         _leave_without_the_model(worker, EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
@@ -103,6 +124,13 @@ def _is_unexplained(error: SelfForcingError) -> bool:
     return isinstance(cause, subprocess.CalledProcessError) or (type(error) is SelfForcingError and cause is not None)
 
 
+def read_video(options: argparse.Namespace) -> Work:
+    """Check what is asked for; the work is to make one video."""
+    request = read_request(options)
+    output = read_output(options, request)
+    return lambda worker, pipeline: generate(worker, pipeline, request, output)
+
+
 def generate(
     worker: ModelWorker, pipeline: StreamingPipeline, request: GenerationRequest, output: Path
 ) -> dict[str, Any]:
@@ -110,12 +138,11 @@ def generate(
     check_available(request, pipeline.unavailable_options())
     if missing := [name for name in getattr(pipeline, "preset", {}) if not getattr(request, name)]:
         say(f"There may be too little memory for this without {' and '.join(f'--{name}' for name in missing)}.")
-    if unknown := pipeline.unknown_words(request.prompt):
-        say(f"The model does not know these words and ignores them: {', '.join(unknown)}.")
+    say_unknown_words(pipeline, request)
     began = time.perf_counter()
     encoder: SegmentEncoder | None = None
     first: FrameBlock | None = None
-    with worker.submit(request) as run, _progress_bar() as bar:
+    with worker.submit(request) as run, progress_bar() as bar:
         for block in run:
             if encoder is None:
                 first, encoder = block, SegmentEncoder(block.run.fps)
@@ -126,6 +153,11 @@ def generate(
         raise SelfForcingError("The model made no video.")
     encoder.write_mp4(output, build_recipe(block.run, encoder.num_frames))
     return _summary(block.run, encoder, output, first.elapsed, time.perf_counter() - began)
+
+
+def say_unknown_words(pipeline: StreamingPipeline, request: GenerationRequest) -> None:
+    if unknown := pipeline.unknown_words(request.prompt):
+        say(f"The model does not know these words and ignores them: {', '.join(unknown)}.")
 
 
 def _summary(
@@ -144,15 +176,16 @@ def _summary(
     }
 
 
-def report(result: dict[str, Any], *, as_json: bool) -> None:
-    """Say on standard output what was made: for people, or as one JSON object."""
-    if as_json:
-        line = json.dumps(result, allow_nan=False)
-    else:
-        line = (
-            f"{result['output']}: {result['frames']} frames, {result['seconds']:.2f} s at {result['fps']:g} FPS, "
-            f"seed {result['seed']}, made in {result['elapsed']:.1f} s"
-        )
+def video_sentence(result: dict[str, Any]) -> str:
+    """What `generate` made, for people."""
+    return (
+        f"{result['output']}: {result['frames']} frames, {result['seconds']:.2f} s at {result['fps']:g} FPS, "
+        f"seed {result['seed']}, made in {result['elapsed']:.1f} s"
+    )
+
+
+def report(line: str) -> None:
+    """Say on standard output what was made."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -178,6 +211,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="`python -m pipeline enhance --help` tells how to get a longer prompt.",
         allow_abbrev=False,
     )
+    add_video_arguments(parser)
+    parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer")
+    parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
+    parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
+    add_output_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to make, and with which model."""
     parser.add_argument("prompt", help="what the video shows")
     parser.add_argument(
         "--model", type=Path, default=EMBEDDED_MODEL, metavar="FOLDER", help="model folder (default: weights/embedded)"
@@ -194,15 +237,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     low, high = FPS_RANGE
     parser.add_argument("--fps", type=_number, help=f"frame rate, {low:g} to {high:g} (default: the model's own)")
-    parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer")
-    parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
-    parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it is made, where it goes, and how it is told."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add_memory(parser)
     parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="default: a name made from prompt and seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a sentence")
     parser.add_argument("--verbose", action="store_true", help="show warnings and the trace of an error")
-    return parser.parse_args(argv)
 
 
 def _number(text: str) -> float | int:
@@ -345,7 +388,7 @@ def terminate_like_interrupt() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _progress_bar() -> Any:
+def progress_bar() -> Any:
     from tqdm import tqdm
 
     return tqdm(total=0, unit="frame", desc="Making video", file=sys.stderr, leave=False, dynamic_ncols=True)

@@ -15,6 +15,8 @@ from pipeline.mp4 import read_comment
 
 RECIPE_FORMAT = "self-forcing-recipe"
 RECIPE_VERSION = 1
+COMPARISON_FORMAT = "self-forcing-comparison"
+"""Of a video that shows two side by side: it tells of them, but it cannot be made again from one set of settings."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
 
@@ -41,6 +43,12 @@ def build_recipe(run: RunInfo, num_frames: int) -> dict[str, Any]:
         "complete": num_frames >= run.num_frames,
         "versions": _versions(),
     }
+
+
+def build_comparison_recipe(report: dict[str, Any]) -> dict[str, Any]:
+    """What a side-by-side video says of itself: `Comparison.report()` without its numbers per frame."""
+    kept = {name: value for name, value in report.items() if name != "psnr_frames"}
+    return {"format": COMPARISON_FORMAT, "version": RECIPE_VERSION, **kept, "versions": _versions()}
 
 
 def request_from_recipe(recipe: dict[str, Any]) -> GenerationRequest:
@@ -81,6 +89,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         recipe = json.loads(comment or "")
     except (ValueError, RecursionError):  # text that nests too deeply is no recipe either
         recipe = None
+    if isinstance(recipe, dict) and recipe.get("format") == COMPARISON_FORMAT:
+        raise VideoError("This video shows two side by side, so there is not one set of settings to get back.")
     if not isinstance(recipe, dict) or recipe.get("format") != RECIPE_FORMAT:
         raise VideoError("This video holds no recipe: it was not made here, or another program saved it again.")
     return recipe

@@ -170,7 +170,7 @@ def _write_whole(
             raise VideoError(f"The MP4 file came out with {written} frames instead of {num_frames}.")
         os.replace(part, path)
     except OSError as error:
-        raise _write_error(error) from error
+        raise write_error(error) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -253,12 +253,12 @@ def _ffmpeg(arguments: list[str], stdin: Sequence[bytes]) -> bytes:
     message = result.stderr.decode(errors="replace").strip()
     logger.error("ffmpeg ended with code %d: %s", result.returncode, message)
     if os.strerror(errno.ENOSPC) in message:
-        raise _write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        raise write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     cause = subprocess.CalledProcessError(result.returncode, command, stderr=result.stderr)
     raise VideoError(f"The video encoder failed (code {result.returncode}).") from cause
 
 
-def _write_error(error: OSError) -> VideoError:
+def write_error(error: OSError) -> VideoError:
     if error.errno == errno.ENOSPC:
         return VideoError("The disk is full, so the video could not be written. Free some space and try again.")
     return VideoError(f"The video could not be written ({error.strerror or type(error).__name__}).")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from pipeline.enhance import Enhancer
 CODE_BITS = 12
 CODE_HEIGHT = 1 / 6
 """Share of the picture's height that the bar code takes."""
+OFF_BY = np.uint8(5)
+"""What TAEHV does to every value of a `SwitchedPipeline`'s pictures."""
 
 SPEC = ModelSpec(
     name="scripted",
@@ -122,6 +124,21 @@ class ScriptedPipeline:
 
     def unavailable_options(self) -> dict[str, str]:
         return self.unavailable
+
+
+@dataclass
+class SwitchedPipeline(ScriptedPipeline):
+    """A scripted pipeline whose TAEHV shows: every value is off by `OFF_BY`. FP8 changes nothing."""
+
+    first_block: int = 0
+    """Where it begins to show."""
+
+    def _blocks(self, request: GenerationRequest, run: int, begun: float) -> Iterator[FrameBlock]:
+        for block in super()._blocks(request, run, begun):
+            if request.taehv and block.index >= self.first_block:
+                low = block.frames < 128
+                block = replace(block, frames=np.where(low, block.frames + OFF_BY, block.frames - OFF_BY))
+            yield block
 
 
 def paint(number: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -34,6 +34,7 @@ PARAMETERS = {
     "/enhance": ["prompt", "variant", "by"],
     "/options": [],
     "/video_generation_handler_streaming": ["prompt", "seed", "fps"],
+    "/compare": ["prompt", "seed", "fps", "seconds", "a", "b"],
 }
 
 
@@ -112,6 +113,27 @@ def test_the_name_that_other_projects_call_gives_a_video_and_a_status(client: Cl
     assert codes(video) == list(range(SPEC.frames_in(SPEC.blocks_for(5, 16))))
     assert "Finished" in status and ">7<" in status
     assert len(job.outputs()) > 3 and "Block 1 of" in str(job.outputs())
+
+
+def test_compare_gives_both_videos_in_one_and_what_they_come_to(server: Server, client: Client) -> None:
+    job = client.submit(prompt="a red ball", seconds=1, a="taehv=on,fp8=on", b="fp8=on", api_name="/compare")
+    updates = list(job)
+    video, report, progress = job.result()
+    states = [(update[2]["state"], update[2]["side"]) for update in updates]
+    assert states[0] == ("preparing", "A") and states[-2:] == [("writing", "B"), ("finished", "B")]
+    assert states.index(("generating", "A")) < states.index(("preparing", "B")) < states.index(("generating", "B"))
+    assert all(update[:2] == (None, None) for update in updates[:-1]) and progress == updates[-1][2]
+    assert len(read_media(video).frames) == report["frames"] == 21
+    assert report["identical"] is True and report["psnr"] is None and report["differs"] == ["taehv"]
+    assert {request.seed for request in server.pipeline.requests} == {report["seed"]}
+    for fields, words in (
+        ({"a": "fp8=on", "b": "fp8=on"}, "A and B are the same"),
+        ({"a": "fp8"}, "a has 'fp8'"),
+        ({"a": "compile=on"}, "no compiler"),
+        ({"seconds": 21}, "from 0.1 to 20 here"),
+    ):
+        with pytest.raises(AppError, match=words):
+            client.predict(prompt="a ball", **fields, api_name="/compare")
 
 
 def test_refusals_are_the_same_sentences_as_on_the_page(server: Server, client: Client) -> None:

@@ -64,7 +64,8 @@ def test_ci_runs_exactly_the_test_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-APP, CLI, ENHANCE = ("app.py",), ("-m", "pipeline"), ("-m", "pipeline", "enhance")
+APP, CLI = ("app.py",), ("-m", "pipeline")
+COMPARE, DOCTOR, ENHANCE = (("-m", "pipeline", command) for command in ("compare", "doctor", "enhance"))
 WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "list")]
 
 
@@ -75,7 +76,8 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
         ("The page", [APP]),
         ("Published models", [APP, *WEIGHTS]),
         ("Letting others in", [APP]),
-        ("The command line", [CLI, ENHANCE]),
+        ("The command line", [CLI, COMPARE, ENHANCE]),
+        ("Memory", [CLI, DOCTOR]),
     ],
 )
 def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:

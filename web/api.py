@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from pipeline.compare import read_switches
 from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE
 from pipeline.errors import SelfForcingError
+from web.comparing import ComparisonUpdate
 from web.events import refusal, session_of, shown
 from web.generation import DEFAULT_SECONDS, Update
 
@@ -23,12 +25,17 @@ if TYPE_CHECKING:
 MODEL_QUEUE = "model"
 """What everything that makes video waits in."""
 
+SIDE_A, SIDE_B = "fp8=on", "fp8=off"
+"""What `/compare` compares unless its caller says otherwise."""
+
 
 def add_endpoints(page: Page) -> None:
     """Add the endpoints to the page's blocks: each method of `Endpoints` is one."""
     endpoints = Endpoints(page)
     video = gr.File(label="MP4", visible=False)
     recipe = gr.JSON(label="Recipe", visible=False)
+    report = gr.JSON(label="Report", visible=False)
+    sides = [gr.Textbox(label=label, value=value, visible=False) for label, value in (("A", SIDE_A), ("B", SIDE_B))]
     progress = gr.JSON(label="Progress", visible=False)
     answer = gr.JSON(label="Answer", visible=False)
     variant = gr.Number(0, label="Variant", visible=False)
@@ -52,6 +59,8 @@ def add_endpoints(page: Page) -> None:
         [page.ui.video, page.ui.status],
         **model,
     )
+    asked = [page.ui.prompt, page.ui.seed, page.ui.fps, page.ui.seconds, *sides]
+    endpoint("compare", endpoints.compare, asked, [video, report, progress], **model)
 
 
 class Endpoints:
@@ -187,7 +196,49 @@ class Endpoints:
         except SelfForcingError as error:
             raise refusal(error) from error
 
+    def compare(
+        self,
+        prompt: str,
+        seed: float = -1,
+        fps: float | None = None,
+        seconds: float = DEFAULT_SECONDS,
+        a: str = SIDE_A,
+        b: str = SIDE_B,
+        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
+    ) -> Iterator[tuple[Any, ...]]:
+        """Make a video twice from the same noise, with different switches, and measure how the two differ.
+
+        Args:
+            prompt: What the videos show, 1 to 2,000 characters.
+            seed: -1 draws a random one, for both.
+            fps: Playback rate, 1 to 60; null takes the model's own.
+            seconds: Length of the videos, rounded to whole blocks.
+            a: Switches of A: taehv, fp8 and compile, as in "fp8=on,taehv=off". Those not named are off.
+            b: Switches of B.
+
+        Returns:
+            The MP4 file with A at the left and B at the right, the report (psnr in dB, or null where identical is true;
+            psnr_lowest, psnr_frames, differs, meaning, and for a and b time_to_first_frame and generation_fps), and
+            progress: state, side, frames, num_frames. File and report are null until the end.
+        """
+        page = self._page
+        page.generator.wait_for_exchange()
+        checked = page.request(prompt, seed, fps, seconds, False, False, False)
+        try:
+            pair = page.comparer.checked_pair(checked, read_switches("a", a), read_switches("b", b))
+            for update in page.comparer.run(pair, session_of(request)):
+                yield update.files and update.files.both, update.report, _comparison_progress(update)
+        except SelfForcingError as error:
+            raise refusal(error) from error
+
 
 def _progress(update: Update) -> dict[str, Any]:
     message = {"message": update.message} if update.message else {}
     return {"state": update.state, **update.meter.as_dict(), **message}
+
+
+def _comparison_progress(update: ComparisonUpdate) -> dict[str, Any]:
+    meter = update.meter
+    counts = {} if meter is None else {"frames": meter.frames, "num_frames": meter.run.num_frames}
+    message = {"message": update.message} if update.message else {}
+    return {"state": update.state, "side": update.side, **counts, **message}

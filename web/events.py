@@ -36,6 +36,11 @@ def shown(update: Update) -> Values:
     return video, status.finished(meter, update.recipe, stopped=update.state == "stopped"), update.file
 
 
+def run_buttons(*, running: bool) -> tuple[Any, Any]:
+    """Generate and Stop, of which there is only ever one."""
+    return gr.update(visible=not running), gr.update(visible=running)
+
+
 def session_of(request: gr.Request | None) -> str:
     # A call without a session (the plain HTTP API) is a visitor of its own.
     return getattr(request, "session_hash", None) or secrets.token_hex(8)

@@ -7,18 +7,17 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
+from pipeline.meter import RunMeter
 from pipeline.recipe import build_recipe
 from pipeline.video import Segment, SegmentEncoder
 from pipeline.worker import ModelWorker, Run
 from web.adapter import AdaptedPipeline, adapted
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.sessions import Sessions, Ticket
-from web.status import RunMeter
 from web.storage import VideoStore
 
 logger = logging.getLogger(__name__)
@@ -214,16 +213,8 @@ class Generator:
         # The name is the program's own, never the visitor's words; the folder cannot be guessed.
         seed = f"seed{meter.run.seed}-" if meter.run.seed >= 0 else ""
         name = f"self-forcing-{seed}{secrets.token_hex(4)}.mp4"
-        folder: Path | None = None
-        try:
-            folder = self.store.new_folder(session)
+        with self.store.filling(session) as folder:
             encoder.write_mp4(folder / name, recipe)
-        except (OSError, VideoError) as error:
-            if folder is not None:
-                self.store.discard(session, folder)
-            if isinstance(error, VideoError):
-                raise
-            raise VideoError(f"The video could not be written ({error.strerror}).") from error
         return str(folder / name)
 
 

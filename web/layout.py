@@ -13,6 +13,7 @@ from pipeline.config import FPS_RANGE, SECONDS_RANGE
 from pipeline.loading import LoadingState
 from web import pieces, status
 from web.adapter import AdaptedPipeline
+from web.compare_panel import ComparePanel
 from web.enhance import PromptHelp, SuggestionBox
 from web.generation import DEFAULT_SECONDS
 from web.models import ModelMenu
@@ -86,6 +87,7 @@ class Layout:
             with gr.Column(min_width=0, elem_id="more"):
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._lay_out_settings(longest)
+                self.compare = ComparePanel({name: label for name, (label, _) in OPTIONS.items()})
                 self.models = None if menu is None else menu()
                 gr.Examples(
                     examples=[[prompt] for prompt in _examples()],
@@ -144,7 +146,7 @@ class Layout:
             self.suggestion.button,
             self.suggestion.by,
         ]
-        return [*fitted, *self.options.values()]
+        return [*fitted, *self.options.values(), *self.compare.fitted]
 
     def without_model(self) -> dict[Any, dict[str, Any]]:
         """Component -> its settings while there is no model."""
@@ -175,7 +177,7 @@ class Layout:
                 fitted[option] |= {"value": True, "info": f"{OPTIONS[name][1]} {PRESET}"}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
-        return fitted
+        return fitted | self.compare.fitted_to(unavailable)
 
 
 def _examples() -> list[str]:

@@ -115,16 +115,22 @@
   let focused = null;
   document.addEventListener("focusin", (event) => (focused = event.target.id));
 
-  const follow = () => {
-    // Generate and Stop take each other's place; the focus stays there.
-    if (document.activeElement === document.body && ["generate", "stop"].includes(focused)) {
-      [byId("generate"), byId("stop")].find((button) => button?.offsetParent)?.focus();
-    }
-    const headline = document.querySelector("#status .sf-headline");
-    const failed = document.querySelector("#status .sf-failed") !== null;
+  const speak = (place, headline) => {
+    const failed = headline?.closest(".sf-failed") != null;
     const spoken = (failed ? headline : headline?.querySelector("b"))?.textContent.trim() ?? "";
-    const live = byId("live");
+    const live = byId(place);
     if (live !== null && live.textContent !== spoken) live.textContent = spoken;
+  };
+
+  const follow = () => {
+    // A button and its Stop take each other's place; the focus stays there.
+    for (const pair of [["generate", "stop"], ["compare-make", "compare-stop"]]) {
+      if (document.activeElement !== document.body || !pair.includes(focused)) continue;
+      pair.map(byId).find((button) => button?.offsetParent)?.focus();
+    }
+    showCompared();
+    speak("live", document.querySelector("#status .sf-headline"));
+    speak("compare-live", document.querySelector("#compare-status .sf-headline"));
     const shown = video();
     for (const name of ["replay", "fullscreen"]) {
       const button = document.querySelector(`[data-player=${name}]`);
@@ -145,6 +151,81 @@
     if (address === null) return;
     const whole = { id: "finished-video", src: address, controls: true, autoplay: true, muted: true };
     byId("video").append(Object.assign(document.createElement("video"), whole));
+  });
+
+  // ---- the Compare panel: two videos that play as one, and a line between them that shows more of one or the other
+
+  const JUMP_SECONDS = 0.15; // what is further apart than this is put together at once, what is less by a little haste
+  let compared = null; // addresses of A and B
+
+  const bothSides = () => ["compared-a", "compared-b"].map(byId);
+
+  const playBoth = () => {
+    byId("compared-play").textContent = "Pause";
+    for (const side of bothSides()) side.play().catch(() => {}); // interrupted by the next click
+    requestAnimationFrame(keepTogether);
+  };
+
+  const pauseBoth = () => {
+    byId("compared-play").textContent = "Play";
+    const [a, b] = bothSides();
+    a.pause();
+    b.pause();
+    b.currentTime = a.currentTime;
+  };
+
+  const seekBoth = (time) => bothSides().forEach((side) => (side.currentTime = time));
+
+  const keepTogether = () => {
+    const [a, b] = bothSides();
+    if (!a || !b || (a.paused && !a.ended)) return;
+    if (a.ended) {
+      seekBoth(0);
+      playBoth();
+      return;
+    }
+    const drift = b.ended ? 0 : b.currentTime - a.currentTime;
+    if (Math.abs(drift) > JUMP_SECONDS) b.currentTime = a.currentTime;
+    b.playbackRate = Math.abs(drift) > JUMP_SECONDS ? 1 : 1 - 2 * drift;
+    byId("compared-time").value = (1000 * a.currentTime) / a.duration || 0;
+    requestAnimationFrame(keepTogether);
+  };
+
+  const showCompared = () => {
+    const viewer = byId("compared");
+    const [a, b] = bothSides();
+    if (viewer === null || (a.getAttribute("src") ?? null) === (compared?.a ?? null)) return;
+    viewer.hidden = compared === null;
+    bothSides().forEach((side) => side.pause());
+    if (compared === null) {
+      bothSides().forEach((side) => side.removeAttribute("src"));
+      return;
+    }
+    a.src = compared.a;
+    b.src = compared.b;
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) pauseBoth();
+    else playBoth();
+  };
+
+  addEventListener("sf-compared", ({ detail }) => {
+    compared = detail;
+    showCompared();
+  });
+
+  document.addEventListener("input", ({ target }) => {
+    if (target.id === "compared-wipe") {
+      target.parentElement.style.setProperty("--sf-wipe", `${target.value}%`);
+      target.setAttribute("aria-valuetext", `A ${target.value} %, B ${100 - target.value} %`);
+    } else if (target.id === "compared-time") {
+      pauseBoth();
+      seekBoth((target.value / 1000) * byId("compared-a").duration || 0);
+    }
+  });
+
+  document.addEventListener("click", ({ target }) => {
+    if (target.id !== "compared-play") return;
+    if (byId("compared-a").paused) playBoth();
+    else pauseBoth();
   });
 
   // ---- a video made here, dropped anywhere on the page, brings its settings back

@@ -22,14 +22,16 @@ from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
 from web.api import MODEL_QUEUE, add_endpoints
 from web.body_limit import BodyLimit
+from web.compare_events import wire_comparison
+from web.comparing import Comparer
 from web.enhance import PromptHelp
 from web.enhance_events import wire_suggestions
-from web.events import Values, refusal, session_of, shown, take_files_only
+from web.events import Values, refusal, run_buttons, session_of, shown, take_files_only
 from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
 from web.model_events import wire_models
 from web.models import ModelChoices, ModelMenu
-from web.sessions import Place, sessions_ahead
+from web.sessions import Expected, Place, Ticket, sessions_ahead
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
 
@@ -106,8 +108,10 @@ class Page:
             self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), self.help, menu)
             self.home = Path(self.ui.download.GRADIO_CACHE)
             self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
+            self.comparer = Comparer(self.generator)
             self._wire()
             wire_suggestions(self)
+            wire_comparison(self, self.ui.compare)
             if self.ui.models is not None:
                 wire_models(self, self.ui.models)
             add_endpoints(self)
@@ -201,20 +205,23 @@ class Page:
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
-        session = session_of(request)
-        if self.generator.sessions.busy(session):
-            raise refusal(InvalidRequest("A video of yours is being made. Stop it first, or wait for its end."))
-        ticket = self.generator.sessions.expect(session, lambda: self.generator.expected_seconds(checked))
-        place = self._place_of(session) or Place(0, None)
+        ticket, place = self.announce(session_of(request), lambda: self.generator.expected_seconds(checked))
         timer = gr.Timer(active=place.ahead > 0)
         download = gr.update(value=None, interactive=False)
-        return ticket.id, status.waiting(place), download, timer, *_buttons(running=True)
+        return ticket.id, status.waiting(place), download, timer, *run_buttons(running=True)
 
-    def _place_of(self, session: str) -> Place | None:
+    def announce(self, session: str, expected: Expected) -> tuple[Ticket, Place]:
+        """Note that a click's run is on its way. Returns its ticket and where it stands in the queue."""
+        if self.generator.sessions.busy(session):
+            raise refusal(InvalidRequest("A video of yours is being made. Stop it first, or wait for its end."))
+        ticket = self.generator.sessions.expect(session, expected)
+        return ticket, self.place_of(session) or Place(0, None)
+
+    def place_of(self, session: str) -> Place | None:
         return self.generator.sessions.place(session, sessions_ahead(self.blocks, MODEL_QUEUE, session))
 
     def _place(self, request: gr.Request) -> Values:
-        place = self._place_of(session_of(request))
+        place = self.place_of(session_of(request))
         if place is None:
             return gr.skip(), gr.Timer(active=False)
         return status.waiting(place), gr.skip()
@@ -245,16 +252,16 @@ class Page:
         session = session_of(request)
         ended = self.generator.sessions.settle(session, ticket)
         # After Stop the next click may wait already, while the stopped run comes to its end.
-        place = self._place_of(session)
+        place = self.place_of(session)
         new_status = gr.skip() if place is None else status.waiting(place)
         download = gr.update(interactive=ended is not None and ended.has_file)
         running = self.generator.sessions.busy(session)
-        return download, new_status, gr.Timer(active=place is not None), *_buttons(running=running)
+        return download, new_status, gr.Timer(active=place is not None), *run_buttons(running=running)
 
     def _stop(self, request: gr.Request) -> Values:
         # A run that goes on tells of its end itself, and meanwhile the script says that it stops.
         waited = self.generator.sessions.stop(session_of(request)) == "waiting"
-        return status.stopped_early() if waited else gr.skip(), *_buttons(running=False)
+        return status.stopped_early() if waited else gr.skip(), *run_buttons(running=False)
 
     def _leave(self, request: gr.Request) -> None:
         session = session_of(request)
@@ -350,7 +357,3 @@ _ASK_ONCE_MORE = "(video) => new Promise((resolve) => setTimeout(() => resolve(v
 _TELL_FILE = "(file) => { dispatchEvent(new CustomEvent('sf-file', { detail: file?.url ?? null })); return []; }"
 
 _SHOWN_SEED = "() => Number(document.querySelector('[data-use-seed]').dataset.useSeed)"
-
-
-def _buttons(*, running: bool) -> tuple[Any, Any]:
-    return gr.update(visible=not running), gr.update(visible=running)

@@ -3,69 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.loading import LoadingState
+from pipeline.meter import RunMeter
 from web.sessions import Place
 
 
-@dataclass
-class RunMeter:
-    """Counts what a run has produced."""
-
-    run: RunInfo
-    blocks: int = 0
-    frames: int = 0
-    time_to_first_frame: float = 0.0
-    notes: list[str] = field(default_factory=list)
-    _first_frames: int = 0
-    _last_elapsed: float = 0.0
-
-    def count(self, block: FrameBlock) -> None:
-        self.run = block.run
-        self.blocks += 1
-        self.frames += len(block.frames)
-        self._last_elapsed = block.elapsed
-        if self.blocks == 1:
-            self.time_to_first_frame = block.elapsed
-            self._first_frames = self.frames
-
-    @property
-    def generation_fps(self) -> float:
-        """Frames made per second, leaving out what happens once per run."""
-        if self.frames > self._first_frames and self._last_elapsed > self.time_to_first_frame:
-            return (self.frames - self._first_frames) / (self._last_elapsed - self.time_to_first_frame)
-        return self.frames / self._last_elapsed if self._last_elapsed > 0 else 0.0
-
-    @property
-    def share(self) -> float | None:
-        """Share of the video that is made, 0 to 1; None if the pipeline does not say how long it will be."""
-        return min(1.0, self.frames / self.run.num_frames) if self.run.num_frames else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs that call the API."""
-        return {
-            "block": self.blocks,
-            "num_blocks": self.run.num_blocks,
-            "frames": self.frames,
-            "num_frames": self.run.num_frames,
-            "time_to_first_frame": round(self.time_to_first_frame, 3),
-            "generation_fps": round(self.generation_fps, 2),
-            "playback_fps": self.run.fps,
-            "seed": self.run.seed,
-            "applied": dict(self.run.applied),
-        }
-
-
 def loading(state: LoadingState) -> str:
-    return _card("busy", "Loading the model", f"{state.stage} …", share=state.share)
+    return card("busy", "Loading the model", f"{state.stage} …", share=state.share)
 
 
 def idle(line: str) -> str:
-    return _card("idle", "Ready", line)
+    return card("idle", "Ready", line)
 
 
 def waiting(place: Place) -> str:
@@ -74,15 +25,15 @@ def waiting(place: Place) -> str:
     runs = "1 run is" if place.ahead == 1 else f"{place.ahead} runs are"
     wait = "" if place.seconds is None else f" About {_duration(place.seconds)} to go."
     line = f"{runs} ahead of yours.{wait} It starts by itself."
-    return _card("busy", f"Number {place.ahead + 1} in the queue", line, share=0.0)
+    return card("busy", f"Number {place.ahead + 1} in the queue", line, share=0.0)
 
 
 def starting() -> str:
-    return _card("busy", "Starting", "The model reads your prompt.", share=0.0)
+    return card("busy", "Starting", "The model reads your prompt.", share=0.0)
 
 
 def stopped_early() -> str:
-    return _card("idle", "Stopped", "Nothing was made yet.")
+    return card("idle", "Stopped", "Nothing was made yet.")
 
 
 def generating(meter: RunMeter, *, buffering: bool = False) -> str:
@@ -90,7 +41,7 @@ def generating(meter: RunMeter, *, buffering: bool = False) -> str:
     of_blocks = f" of {run.num_blocks}" if run.num_blocks else ""
     of_frames = f" of {run.num_frames}" if run.num_frames else ""
     line = f"Block {meter.blocks}{of_blocks} · {meter.frames}{of_frames} frames"
-    return _card("busy", "Buffering" if buffering else "Generating", line, share=meter.share, meter=meter)
+    return card("busy", "Buffering" if buffering else "Generating", line, share=meter.share, meter=meter)
 
 
 def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: bool = False) -> str:
@@ -100,14 +51,14 @@ def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: 
         line, share = f"{line}, all that was made", meter.share
     else:
         share = 1.0
-    return _card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
+    return card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
 
 
 def failed(message: str, meter: RunMeter | None = None) -> str:
-    return _card("failed", "Failed", message, meter=meter)
+    return card("failed", "Failed", message, meter=meter)
 
 
-def _card(
+def card(
     state: str,
     headline: str,
     line: str,
@@ -116,6 +67,7 @@ def _card(
     meter: RunMeter | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> str:
+    """A card in a state (busy, idle, done, failed), with a bar if `share` says how much is done."""
     parts = [f'<p class="sf-headline"><b>{escape(headline)}</b> <span>{escape(line)}</span></p>']
     if share is not None:
         percent = f"{100 * share:.1f}%"

@@ -11,11 +11,13 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from pipeline.errors import VideoError
 
 MAX_AGE_SECONDS = 30 * 60
 MAX_BYTES = 2_000_000_000
@@ -34,7 +36,7 @@ _OUR_FOLDER = re.compile("[0-9a-f]{32}")
 
 
 class VideoStore:
-    """Folders with one video each, below a folder that the web server hands files out of. Thread-safe.
+    """Folders with one video or comparison each, below a folder that the web server hands files out of. Thread-safe.
 
     A folder's name cannot be guessed, and no part of it comes from a visitor.
 
@@ -75,6 +77,24 @@ class VideoStore:
         for old in superseded:
             shutil.rmtree(old, ignore_errors=True)
         return folder
+
+    @contextmanager
+    def filling(self, session: str) -> Iterator[Path]:
+        """As `new_folder`, to be filled inside the `with`. If that is not done to its end, nothing of it is kept.
+
+        Raises:
+            VideoError: it cannot be made or written into.
+        """
+        folder: Path | None = None
+        try:
+            folder = self.new_folder(session)
+            yield folder
+        except BaseException as error:
+            if folder is not None:
+                self.discard(session, folder)
+            if isinstance(error, OSError):
+                raise VideoError(f"The video could not be written ({error.strerror}).") from error
+            raise
 
     def discard(self, session: str, folder: Path) -> None:
         """Remove a folder of which nothing came."""

@@ -1,0 +1,132 @@
+"""From a pair of requests to a comparison and its files, told step by step: what page and API both show."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Generator as Steps
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.compare import Comparison, Pair, Switches
+from pipeline.config import GenerationRequest
+from pipeline.errors import Cancelled, SelfForcingError, VideoError
+from pipeline.meter import RunMeter
+from pipeline.side_by_side import write_side, write_side_by_side
+from web.generation import Generator
+from web.sessions import Ticket
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ComparisonFiles:
+    """Paths of the finished MP4 files."""
+
+    both: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonUpdate:
+    """Something new about a comparison."""
+
+    state: Literal["preparing", "generating", "writing", "finished", "stopped", "failed"]
+    side: Literal["A", "B"] = "A"
+    """Which of the two is at work."""
+    meter: RunMeter | None = None
+    """What has been made of it; None before its first block."""
+    files: ComparisonFiles | None = None
+    report: dict[str, Any] | None = None
+    message: str = ""
+    """Of a failure."""
+
+
+class Comparer:
+    """Makes the comparisons of all visitors, as `Generator` makes their videos: one model, one queue, one store."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def checked_pair(self, request: GenerationRequest, a: Switches, b: Switches) -> Pair:
+        """The two requests of a comparison.
+
+        Args:
+            request: What both have in common, from `Generator.checked_request`.
+            a, b: Switch -> whether it is on.
+
+        Raises:
+            InvalidRequest, OptionUnavailable: with a sentence for the visitor.
+        """
+        pair = Pair.of(request, a, b)
+        pair.check(self._generator.pipeline)
+        return pair
+
+    def expected_seconds(self, pair: Pair) -> float | None:
+        """How long the model will take, judging by earlier videos with the same options; None if there were none."""
+        sides = [self._generator.expected_seconds(request) for request in (pair.a, pair.b)]
+        return None if None in sides else sum(seconds for seconds in sides if seconds is not None)
+
+    def run(self, pair: Pair, session: str, ticket_id: str | None = None) -> Iterator[ComparisonUpdate]:
+        """Make both videos and their files, telling what is new. The last update holds files and report.
+
+        A comparison that is stopped has no files: half of it compares nothing.
+
+        Raises:
+            SelfForcingError: after the last update.
+        """
+        generator = self._generator
+        ticket = generator.sessions.begin(session, ticket_id, lambda: self.expected_seconds(pair))
+        try:
+            if ticket.stopped:  # while it stood in the queue
+                yield ComparisonUpdate(state="stopped")
+                return
+            with Comparison(generator.worker, pair, generator.deadline, ticket.attach) as comparison:
+                yield from self._make(comparison, ticket)
+                files, report = yield from self._write(comparison, ticket, session)
+            ticket.finished, ticket.has_file = True, True
+            yield ComparisonUpdate(state="finished", side="B", files=files, report=report)
+        except Cancelled:
+            ticket.finished = True
+            if not ticket.abandoned:
+                yield ComparisonUpdate(state="stopped")
+        except SelfForcingError as error:
+            ticket.finished = True
+            if isinstance(error, VideoError):  # what fails in the model, the model thread has logged
+                logger.error("A comparison could not be written", exc_info=error)
+            yield ComparisonUpdate(state="failed", message=str(error))
+            raise
+        finally:
+            generator.sessions.end(session, ticket)
+
+    def _make(self, comparison: Comparison, ticket: Ticket) -> Iterator[ComparisonUpdate]:
+        for side in comparison.make():
+            if side.meter is None:
+                yield ComparisonUpdate(state="preparing", side=side.name)
+                continue
+            meter = side.meter
+            if meter.blocks > 1 and meter.generation_fps:
+                others = meter.run.num_frames if side is comparison.a else 0
+                ticket.will_take(max(0, meter.run.num_frames - meter.frames + others) / meter.generation_fps)
+            yield ComparisonUpdate(state="generating", side=side.name, meter=meter)
+
+    def _write(
+        self, comparison: Comparison, ticket: Ticket, session: str
+    ) -> Steps[ComparisonUpdate, None, tuple[ComparisonFiles, dict[str, Any]]]:
+        # Names are the program's own, never the visitor's words; the folder cannot be guessed.
+        stem = f"self-forcing-compare-seed{comparison.pair.a.seed}-{secrets.token_hex(4)}"
+        yield ComparisonUpdate(state="writing", side="B")
+        report = comparison.report()
+        with self._generator.store.filling(session) as folder:
+            both, a, b = (folder / f"{stem}{side}.mp4" for side in ("", "-a", "-b"))
+            for pieces in (
+                write_side_by_side(comparison, report, both),
+                write_side(comparison.a, a),
+                write_side(comparison.b, b),
+            ):
+                for _ in pieces:
+                    if ticket.stopped:
+                        raise Cancelled("The comparison was stopped.")
+        return ComparisonFiles(str(both), str(a), str(b)), report
