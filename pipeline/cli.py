@@ -338,8 +338,9 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 def check_memory(text: str) -> str:
     """Raises `InvalidRequest` unless it is `auto`, `off` or a number of GB."""
-    if text not in ("auto", "off") and not re.fullmatch(r"\d{1,5}(\.\d+)?", text):
-        raise InvalidRequest(f"memory is {text!r}, but must be auto, off or a number of GB.")
+    number = re.fullmatch(r"\d{1,5}(\.\d+)?", text)
+    if text not in ("auto", "off") and (number is None or not float(text)):
+        raise InvalidRequest(f"memory is {text!r}, but must be auto, off or a number of GB above 0.")
     return text
 
 

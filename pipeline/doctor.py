@@ -18,6 +18,7 @@ import psutil
 from pipeline.cli import (
     EMBEDDED_MODEL,
     EXIT_BAD_INPUT,
+    EXIT_FAILED,
     SentenceParser,
     check_device,
     check_device_name,
@@ -29,7 +30,7 @@ from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
 PACKAGES = ("torch", "diffusers", "transformers", "gradio", "huggingface_hub", "imageio-ffmpeg", "torchao", "triton")
 OPTIONAL_PACKAGES = {"torchao", "triton"}
 GB = 2**30
-"""Of memory, as cards have it; files are told in 10^9 bytes, as disks are."""
+"""Of memory, as cards have it; disks are told in 10^9 bytes, as they are sold."""
 
 
 @dataclass
@@ -39,9 +40,10 @@ class Report:
     python: str
     system: str
     packages: dict[str, str | None]
+    kind: str
+    """Of the device: `cpu`, `cuda` or `xpu`. Memory is known and planned for the second alone."""
     device: str
     memory: int | None
-    """Of the device; None for a CPU."""
     free_memory: int | None
     main_memory: int
     options: dict[str, str]
@@ -51,17 +53,20 @@ class Report:
     needs: dict[str, Any]
     """Of each part, in bfloat16; see `memory.ModelNeeds`."""
     plan: dict[str, Any]
-    """For the device's free memory; for a CPU, without a limit. See `plan.MemoryPlan`."""
+    """For the device's free memory, where that is known, else without a limit. See `plan.MemoryPlan`."""
     cards: dict[str, dict[str, Any]]
     """Size of a card in GB -> the plan for it."""
     advice: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, or 2 for a model or device that is not there."""
+    """Run the command. Returns 0, 1 where packages are missing, or 2 for a model or device that is not there."""
     try:
         options = parse(argv)
         quiet_libraries(verbose=False)
+        if lacking := missing_packages({name: _version(name) for name in PACKAGES}):
+            say(lacking)
+            return EXIT_FAILED
         report = examine(options.model, check_device_name(options.device))
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
@@ -96,7 +101,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
     import torch
 
     from pipeline.memory import rehearse
-    from pipeline.plan import CARDS, plan_for
+    from pipeline.plan import CARDS, plan_for, usable, without_losses
     from weights.store import default_home
 
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -107,6 +112,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         packages={name: _version(name) for name in PACKAGES},
+        kind=device.type,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         memory=memory,
         free_memory=free,
@@ -115,8 +121,8 @@ def examine(model: str, device_name: str | None = None) -> Report:
         free_disk=shutil.disk_usage(_existing(default_home())).free,
         model=spec.name,
         needs=asdict(needs),
-        plan=plan_for(needs, spec, free).as_dict(),
-        cards={str(size): plan_for(needs, spec, size * GB).as_dict() for size in CARDS},
+        plan=plan_for(needs, spec, None if free is None else without_losses(free)).as_dict(),
+        cards={str(size): plan_for(needs, spec, usable(size * GB)).as_dict() for size in CARDS},
     )
     report.advice = advice(report)
     return report
@@ -154,6 +160,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def missing_packages(packages: dict[str, str | None]) -> str | None:
+    """What must be installed before anything else can be looked at."""
+    missing = [name for name, version in packages.items() if version is None and name not in OPTIONAL_PACKAGES]
+    return f"Install {', '.join(missing)}: .venv/bin/pip install -r requirements.txt." if missing else None
+
+
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -162,17 +174,14 @@ def _existing(folder: Path) -> Path:
 def advice(report: Report) -> list[str]:
     """What to change, most important first; empty if nothing need be."""
     said = []
-    missing = [name for name, version in report.packages.items() if version is None and name not in OPTIONAL_PACKAGES]
-    if missing:
-        said.append(f"Install {', '.join(missing)}: .venv/bin/pip install -r requirements.txt.")
     if not report.plan["fits"]:
         short = report.plan["total"] - report.plan["budget"]
         said.append(
-            f"{report.model} lacks {short / 1e9:.1f} GB on this device even with everything made small. Close other "
+            f"{report.model} lacks {_size(short)} on this device even with everything made small. Close other "
             "programs that use it, or take another device."
         )
     said += [sentence for sentence in report.options.values() if sentence != "works"]
-    if report.memory is None and 2 * report.plan["total"] > report.main_memory:
+    if report.kind == "cpu" and 2 * report.plan["total"] > report.main_memory:
         said.append(
             f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine "
             f"has {_size(report.main_memory)}: take a machine with a GPU, or the embedded model."
@@ -206,10 +215,11 @@ def as_text(report: Report) -> str:
 
 
 def _on_this_device(report: Report) -> str:
-    if report.memory is None:
+    if report.kind == "cpu":
         twice = 2 * report.plan["total"]
         return f"{report.model} on a CPU: about {_size(twice)} of main memory, in float32, everything loaded."
-    return f"{report.model} on this device: {_plan_line(report.plan)}"
+    unknown = "" if report.memory else "; how much memory it has is not known"
+    return f"{report.model} on this device: {_plan_line(report.plan)}{unknown}"
 
 
 def _plan_line(plan: dict[str, Any]) -> str:
@@ -225,4 +235,4 @@ def _plan_line(plan: dict[str, Any]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / GB * 1024:.0f} MB"

@@ -193,11 +193,11 @@ class SelfForcingPipeline:
         run = self.plan(request)
         self._stream_number += 1
         number = self._stream_number
+        for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
+            decoder.reset()
         model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
-        for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
-            decoder.reset()
         decoder = self._decoders[request.taehv]
         rollout = self._roll_out(model, text_kv, run)
         shown = 0
@@ -230,7 +230,8 @@ class SelfForcingPipeline:
     def warm_up(self) -> None:
         """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor."""
         seconds = self.spec.frames_in(2) / self.spec.fps
-        for block in self.stream(GenerationRequest(prompt="a first look around", seed=0, seconds=seconds)):
+        request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
+        for block in self.stream(request):
             if block.elapsed > WARM_UP_SECONDS:  # a large model on a small machine: the visitor is better off now
                 break
 

@@ -30,15 +30,13 @@ from pipeline.errors import OptionUnavailable, WeightsError
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
 from pipeline.options import store_in_8_bits
-from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for
+from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for, usable, without_losses
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
 
 META = torch.device("meta")
 GB = 2**30
 """Of memory, as cards have it."""
-PLENTY = 4
-"""Times a model's files: a device with so much free needs no plan."""
 
 
 @dataclass(frozen=True)
@@ -169,27 +167,31 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
 
     Args:
         device: None takes the GPU if there is one.
-        memory: `auto`: by what is free on a GPU; a number: as if it were so many GB; `off`: all is on the device.
+        memory: `auto`: by what is free on a GPU; a number: as if the GPU had so many GB; `off`: all is on the device.
 
     Raises:
-        OptionUnavailable: the model does not fit, however small it is made.
+        OptionUnavailable: the model does not fit, however small it is made; or a number for what is no NVIDIA GPU.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if memory == "off" or (memory == "auto" and target.type != "cuda"):
+    if target.type != "cuda":
+        if memory not in ("auto", "off"):
+            raise OptionUnavailable(
+                f"--memory {memory} plans the memory of an NVIDIA GPU, but the device is {target.type}, where there is "
+                "nothing to plan. Leave it out."
+            )
         return AS_THE_MODEL_HAS_IT
-    free = torch.cuda.mem_get_info(target)[0] if memory == "auto" else int(float(memory) * GB)
-    if sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) * PLENTY < free:
-        return AS_THE_MODEL_HAS_IT  # nothing to rehearse
+    if memory == "off":
+        return AS_THE_MODEL_HAS_IT
     report_loading("Planning the memory", 0.0)
     spec = ModelFolder(folder).spec
-    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-    plan = plan_for(rehearse(builders_of(folder), spec, dtype), spec, free)
+    # What is free is told after the driver has taken its share.
+    budget = without_losses(torch.cuda.mem_get_info(target)[0]) if memory == "auto" else usable(float(memory) * GB)
+    plan = plan_for(rehearse(builders_of(folder), spec, torch.bfloat16), spec, budget)
     if not plan.fits:
-        needed = plan.total + free - (plan.budget or 0)
         raise OptionUnavailable(
-            f"{spec.name} needs {needed / GB:.1f} GB of {target.type} memory even with everything made small, and "
-            f"{free / GB:.1f} are free. Close other programs that use it, choose another device, or try all the same "
-            "with --memory off."
+            f"{spec.name} needs {plan.total / GB:.1f} GB of GPU memory even with everything made small, and "
+            f"{budget / GB:.1f} GB can be used. Close other programs that use the GPU, choose another device, or try "
+            "all the same with --memory off."
         )
     return plan.placement
 

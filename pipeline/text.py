@@ -43,7 +43,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, prompt: str) -> torch.Tensor:
-        """Embedding [1, text_len, text_dim] of one prompt, in the encoder's dtype and on its device."""
+        """Embedding [1, text_len, text_dim] of one prompt, in the encoder's dtype, on the device where it works."""
         prompt = clean_prompt(prompt)
         if prompt in self._embeddings:
             self._embeddings.move_to_end(prompt)

@@ -8,7 +8,8 @@ set -euo pipefail
 : "${CLIPS:=6000}" "${CAUSAL_BATCH:=256}" "${CAUSAL_MINUTES:=2}" "${WORKERS:=8}"
 : "${DMD_BATCH:=256}" "${DMD_MINUTES:=5}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true
-by_the_clock=('run.schedule="minutes"' run.steps=1000000 run.checkpoint_every=1000000 run.sheet_every=0 run.noise=device)
+by_the_clock=('run.schedule="minutes"' run.steps=1000000 run.checkpoint_every=1000000 run.sheet_every=0
+    run.noise=device run.keep_gathered=true)
 say() { echo "== $SECONDS s: $*"; }
 keep() { # in half precision
     "$PYTHON" - "$CACHE/$1" "$OUT/$1" <<'PYTHON'
@@ -33,12 +34,11 @@ say "clips rendered"
     "clips.folder=$CACHE" "text.folder=$CACHE/text" "run.out=$CACHE/base" run.compile=false \
     "run.workers=$WORKERS" "run.batch=$CAUSAL_BATCH" "run.minutes=$CAUSAL_MINUTES" \
     'curriculum=[[0.0, 0.05, 0.20, 0.75]]' "${by_the_clock[@]}"
+keep base
 say "base trained"
 
 "$PYTHON" -m training dmd training/configs/embedded_dmd.toml 'network.init="weights/embedded"' \
     "score.teacher.init=$CACHE/base" "text.folder=$CACHE/text" "run.out=$CACHE/dmd" "run.batch=$DMD_BATCH" \
     "run.minutes=$DMD_MINUTES" rollout.long_blocks='[4, 13]' critic_warmup=20 optimizer.rate=2e-4 "${by_the_clock[@]}"
-say "Self-Forcing done"
-keep base
 keep dmd
-say "weights written"
+say "Self-Forcing done"

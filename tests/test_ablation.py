@@ -107,7 +107,7 @@ def test_parts_are_made_side_by_side_and_put_together(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ode = json.loads((world / "ode" / "settings.json").read_text())
-    ode["settings"]["run"]["minutes"] = 0.01
+    ode["settings"]["run"] |= {"minutes": 0.01, "schedule": "minutes"}
     shutil.copytree(world / "ode", tmp_path / "ode")
     (tmp_path / "ode" / "settings.json").write_text(json.dumps(ode))
     out = tmp_path / "ablation"
@@ -124,6 +124,7 @@ def test_parts_are_made_side_by_side_and_put_together(
         for part in ("transformer", "checkpoints"):
             shutil.rmtree(out / name / part)
     monkeypatch.undo()
+    assert ablation.main([*given, "--clock", "0.05", "--methods", "teacher"]) == 2  # it was begun with less
     monkeypatch.setattr(ablation, "launch", lambda *_: pytest.fail("what is finished is not trained again"))
     assert ablation.main([*given, "--methods", "teacher", "dmd"]) == 0
     text = (out / "ablation.md").read_text()
@@ -188,6 +189,9 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "holds no finished ODE regression" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         ablation.main(["--seconds", "20", "5"])
+    for wrong in (["--clock", "3", "--quick"], ["--clock", "3", "--steps", "2"], ["--part"], ["--methods"]):
+        with pytest.raises(SystemExit):
+            ablation.main(wrong)
     quick = ablation.parse(["--quick"])
     assert quick.steps == 4 and quick.document.parent == quick.out != Path("runs/ablation")
 

@@ -96,7 +96,7 @@ def test_published_models_are_rehearsed_without_their_files() -> None:
     assert needs.decoders["taehv"].working < needs.decoders["vae"].working
     costs = []
     for size in plan.CARDS:
-        chosen = plan_for(needs, model.spec, size * memory.GB)
+        chosen = plan_for(needs, model.spec, usable(size * memory.GB))
         assert chosen.fits, size
         costs.append(chosen.placement.cost)
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
@@ -121,11 +121,6 @@ def needed(placement: Placement) -> int:
     return evaluated(SMALL, tall_spec(), placement).total
 
 
-def card(total: int) -> int:
-    """A card on which just so many bytes can be used."""
-    return next(size for size in range(total, 3 * total + 2 * 10**9, MB // 10) if usable(size) >= total)
-
-
 def test_a_plan_adds_up() -> None:
     everything = evaluated(SMALL, tall_spec(), Placement())
     assert everything.total == (300 + 25 + 600 + 1000 + 200 + 200) * MB
@@ -140,7 +135,7 @@ def test_a_plan_adds_up() -> None:
 def test_the_cheapest_plan_that_fits_is_taken() -> None:
     assert plan_for(SMALL, tall_spec(), None).placement == Placement()
     for wanted in (Placement(), Placement("offload"), Placement("cpu")):
-        chosen = plan_for(SMALL, tall_spec(), card(needed(wanted)))
+        chosen = plan_for(SMALL, tall_spec(), needed(wanted))
         cheaper = [p for p in placements(SMALL, tall_spec()) if p.cost < chosen.placement.cost]
         assert chosen.fits and all(needed(p) > (chosen.budget or 0) for p in cheaper)
         assert chosen.placement.cost <= wanted.cost
@@ -189,21 +184,30 @@ def test_a_text_encoder_that_comes_and_goes_gives_the_same_video(frames: np.ndar
 
 def test_it_goes_home_also_when_there_was_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     text = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload")).text
+    text._visits = META  # somewhere else, where nothing can be computed with what is here
     moves = []
 
     def to(device: torch.device):
         moves.append(str(device))
-        if len(moves) == 1:
+        if str(device) == "meta":
             raise torch.OutOfMemoryError("no room")
         return text.model
 
     monkeypatch.setattr(text.model, "to", to)
-    with pytest.raises(torch.OutOfMemoryError):
-        text("a red balloon")
-    assert moves == ["cpu", "cpu"]
-    assert text("a red balloon").shape[0] == 1 and len(moves) == 4
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            text("a red balloon")
+    assert moves == ["meta", "cpu"] * 2
+    text._visits = torch.device("cpu")
+    assert text("a red balloon").shape[0] == 1 and len(moves) == 6
     text("a red balloon")
-    assert len(moves) == 4  # remembered: it need not come
+    assert len(moves) == 6  # remembered: it need not come
+
+
+def test_a_warm_up_takes_the_options_that_should_be_on() -> None:
+    placed = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement(taehv=True, fp8=True))
+    placed.warm_up()
+    assert placed._transformer.fp8
 
 
 def test_eight_bits_change_the_text_a_little(frames: np.ndarray) -> None:
@@ -223,18 +227,22 @@ def test_a_smaller_window_is_that_of_the_run() -> None:
 
 def test_memory_is_planned_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.placement_for(EMBEDDED, "cpu", "auto") == memory.placement_for(EMBEDDED, "cpu", "off") == Placement()
-    assert memory.placement_for(EMBEDDED, "cpu", "16") == Placement()
-    monkeypatch.setattr(memory, "PLENTY", 1e9)
-    monkeypatch.setattr(plan, "DRIVER_BYTES", 0)
-    everything = plan_for(rehearse(builders_of(EMBEDDED), spec(), torch.float32), spec(), None).total
-    gigabytes = f"{(everything - MB) / (1 - plan.SPARE_SHARE) / memory.GB:.6f}"
-    assert memory.placement_for(EMBEDDED, "cpu", gigabytes).cost > 0
-    with pytest.raises(OptionUnavailable, match="even with everything made small, and 0.0 are free"):
-        memory.placement_for(EMBEDDED, "cpu", "0.01")
+    with pytest.raises(OptionUnavailable, match="the device is cpu, where there is nothing to plan"):
+        memory.placement_for(EMBEDDED, "cpu", "16")
+    everything = plan_for(rehearse(builders_of(EMBEDDED), spec(), torch.bfloat16), spec(), None).total
+    free = {"bytes": 80 * memory.GB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * memory.GB))
+    assert memory.placement_for(EMBEDDED, "cuda", "auto") == Placement()
+    free["bytes"] = int((everything - MB) / (1 - plan.SPARE_SHARE))
+    assert memory.placement_for(EMBEDDED, "cuda", "auto").cost > 0
+    assert memory.placement_for(EMBEDDED, "cuda", "16") == memory.placement_for(EMBEDDED, "cuda", "off") == Placement()
+    free["bytes"] = 10 * MB
+    with pytest.raises(OptionUnavailable, match=r"even with everything made small, and 0\.0 GB can be used"):
+        memory.placement_for(EMBEDDED, "cuda", "auto")
 
 
 def test_what_is_no_amount_of_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("x", "-1", "nan", "1e3", ""):
+    for wrong in ("x", "-1", "nan", "1e3", "", "0", "0.0"):
         assert cli.main(["a ball", f"--memory={wrong}"]) == 2
         assert "must be auto, off or a number of GB" in capsys.readouterr().err
         assert app.main([f"--memory={wrong}"]) == 2
@@ -281,14 +289,20 @@ def test_the_doctor_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.Cap
         builders_of(tmp_path)["vae"]()
 
 
+def test_missing_packages_are_said_before_they_are_missed(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "diffusers" else "1")
+    monkeypatch.setattr(doctor, "examine", lambda *_: pytest.fail("it would be imported"))
+    assert main(["doctor"]) == 1 and "Install diffusers" in capsys.readouterr().err
+
+
 def test_the_doctor_says_what_to_change() -> None:
     report = doctor.examine(str(EMBEDDED), "cpu")
     assert doctor.advice(report) == []
     assert (
         "no compiler" in " ".join(doctor.advice(replace(report, options={"compile": "There is no compiler."}))).lower()
     )
-    assert "pip install" in doctor.advice(replace(report, packages=report.packages | {"torch": None}))[0]
-    assert doctor.advice(replace(report, packages=report.packages | {"torchao": None})) == []
+    assert "Install torch: " in (doctor.missing_packages(report.packages | {"torch": None}) or "")
+    assert doctor.missing_packages(report.packages | {"torchao": None}) is None
     assert "main memory" in doctor.advice(replace(report, main_memory=1))[0]
     short = report.plan | {"fits": False, "budget": 0}
-    assert "lacks" in doctor.advice(replace(report, plan=short, memory=1, free_memory=1))[0]
+    assert "lacks" in doctor.advice(replace(report, kind="cuda", plan=short, memory=1, free_memory=1))[0]

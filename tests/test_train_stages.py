@@ -147,6 +147,18 @@ def test_a_stage_stops_when_its_time_is_over_and_goes_on(world: Path, tmp_path: 
     assert run_stage("teacher", stage_settings("teacher", world, tmp_path, run__steps=4)) == 4
 
 
+def test_gathered_weights_learn_the_same(world: Path, tmp_path: Path) -> None:
+    for name in ("dmd", "causal"):
+        for kept in (False, True):
+            settings = stage_settings(name, world, tmp_path / f"{name}{kept}", run__keep_gathered=kept)
+            assert run_stage(name, settings) == 3
+        expected = weights(tmp_path / f"{name}False")
+        assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / f"{name}True").items())
+    refused = stage_settings("dmd", world, tmp_path, run__workers=2)
+    with pytest.raises(InvalidSettings, match="this stage has no work for them"):
+        run_stage("dmd", refused)
+
+
 def test_helpers_put_the_same_clips_together(world: Path, tmp_path: Path) -> None:
     """Also in a run that is continued, and whatever the number of helpers."""
     changes = {"run__steps": 4, "clips__later_windows": 0.5}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli import check_device
 from pipeline.errors import TrainingError, WeightsError
 from training import console
 from training.ablation_report import write_report
@@ -35,6 +37,7 @@ from training.ablation_scores import (
 )
 from training.asked import plan_prompts
 from training.checkpoints import SETTINGS_FILE, newest_checkpoint
+from training.files import write_whole
 from training.judge import SHIPPED, load_judge
 from training.launching import launch, value
 from training.report import rounded
@@ -95,6 +98,7 @@ class Ablation:
                 f"{options.ode} holds no finished ODE regression: run python -m training ode "
                 f"{options.configs / 'embedded_ode.toml'} first, as docs/ablation.md says."
             )
+        check_device(options.device)
         self.probe = load_judge(options.probe).probe
         self.prompts = plan_prompts(options.prompts, EVALUATION_SEED)
         self.template = make_template(options.ode, options.data, self.out / "template")
@@ -131,13 +135,19 @@ class Ablation:
             TrainingError: the folder was begun with another budget, or the ODE start alone takes all of it.
         """
         options, path = self.options, self.out / "plan.json"
-        if options.clock is not None:
-            ode = json.loads((options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["minutes"]
-            return {"ode_minutes": ode, "steps": dict.fromkeys(options.methods, MANY_STEPS)}
         budget = {"minutes": options.minutes, "steps": options.steps, "processes": options.processes}
+        if options.clock is not None:
+            budget = {"clock": options.clock}
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"budget": budget, "costs": {}}
         if difference := first_difference(kept["budget"], budget):
             raise TrainingError(f"{self.out} was begun with another budget: {difference}. Take another --out.")
+        if options.clock is not None:
+            kept["ode_minutes"] = self.ode_minutes()
+            kept["steps"] = dict.fromkeys(options.methods, MANY_STEPS)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several parts may come here at once
+            partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            partial.replace(path)
+            return kept
         costs = kept["costs"]
         if options.steps is None:
             for name in dict.fromkeys(("ode", *options.methods)):
@@ -148,6 +158,25 @@ class Ablation:
         kept["steps"] = {name: self.steps(name, costs, kept["ode_minutes"]) for name in options.methods}
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         return kept
+
+    def ode_minutes(self) -> float:
+        """Minutes by the clock that the ODE start had.
+
+        Raises:
+            TrainingError: it was not trained by the clock, or had all of the budget.
+        """
+        run = json.loads((self.options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]
+        if run.get("schedule") != "minutes":
+            raise TrainingError(
+                f"{self.options.ode} was not trained by the clock, so --clock cannot take its time off: train it with "
+                'run.schedule="minutes" and run.minutes.'
+            )
+        if run["minutes"] >= self.options.clock:
+            raise TrainingError(
+                f"The ODE start took {run['minutes']:g} minutes, which leaves nothing of the {self.options.clock:g} of "
+                "--clock: raise it."
+            )
+        return run["minutes"]
 
     def steps(self, name: str, costs: dict[str, float], ode_minutes: float) -> int:
         """Steps that a method's budget pays for, after the ODE start if it begins there."""
@@ -207,8 +236,8 @@ class Ablation:
             taken += launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
             if self.options.clock is not None:
                 taken = self.options.clock - (self.plan()["ode_minutes"] if METHODS[name].from_ode else 0.0)
-            spent.write_text(json.dumps(taken), encoding="utf-8")
-            run.with_name(f"{run.name}-steps.json").write_text(json.dumps(self.finished_steps(run)), encoding="utf-8")
+            write_whole(spent, json.dumps(taken))
+            write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(self.finished_steps(run)))
         return run, taken
 
     def reused(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
@@ -328,6 +357,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if sorted(set(options.seconds)) != options.seconds or not 2 <= options.seconds[0] <= options.seconds[-1] <= 600:
         parser.error("--seconds must rise, from at least 2 to at most 600")
+    if options.clock is not None and (options.steps is not None or options.quick or options.reuse is not None):
+        parser.error("--clock does not go with --steps, --quick or --reuse")
+    if options.part and options.clock is None and options.steps is None:
+        parser.error("--part needs --clock or --steps: parts that are made at once cannot measure what a step costs")
+    if not options.methods and not options.part:
+        parser.error("--methods names none")
     if options.quick:
         options.steps, options.seeds, options.prompts, options.seconds = 4, [0], 2, [2.5, 5.0]
         options.out = options.out.with_name(f"{options.out.name}-quick")

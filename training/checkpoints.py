@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
 MAY_CHANGE = {
     "run": ("out", "steps", "minutes", "device", "micro_batch", "checkpoint_every", "sheet_every", "sheet_clips")
-    + ("decoder", "gradient_checkpointing", "compile", "cpu_offload", "workers")
+    + ("decoder", "gradient_checkpointing", "compile", "cpu_offload", "workers", "keep_gathered")
 }
 """Settings that a continued run may have otherwise: they do not change what is learnt from what."""
 

@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, step, what for, which sample) and of nothing else.
 
 Nothing is drawn from a running stream. So a run that was killed and continued sees the numbers it would have seen,
-and a global batch gets the same numbers however it is cut into processes and parts. Noise drawn on a GPU is the one
-exception, and has to be asked for.
+and a global batch gets the same numbers however it is cut into processes and parts. `run.noise = "device"` asks for
+noise and levels of the part as a whole, which are not.
 """
 
 from __future__ import annotations

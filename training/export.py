@@ -111,7 +111,9 @@ def export(run: Path, data: Path, out: Path, base: Path | None = None, share: fl
             shutil.copytree(source, folder / name)
         (folder / INDEX_FILE).write_text(json.dumps({**index_entries(), "settings": asdict(spec)}, indent=2) + "\n")
         enhancing.write(folder)
-        for part in folder.iterdir():
+        for part in sorted(
+            folder.iterdir(), key=lambda path: path.name == INDEX_FILE
+        ):  # last: it says that all is there
             target = out / part.name
             if target.is_dir():
                 shutil.rmtree(target)

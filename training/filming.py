@@ -21,7 +21,7 @@ import torch
 from pipeline import GenerationRequest
 from pipeline.config import ModelSpec, clean_prompt
 from pipeline.decoder import WanStreamDecoder
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, WeightsError
 from pipeline.folder import ModelFolder
 from pipeline.generator import to_uint8
 from pipeline.rotary import to_device
@@ -86,10 +86,16 @@ def frames_per_second(generator: Generator, prompt: Prompt, seconds: float, taeh
 def film_together(folder: Path, device: torch.device | str) -> Film:
     """Videos of all prompts, rolled out as one batch: a small model leaves a GPU with nothing to do otherwise.
 
-    Sampler, cache, noise and arithmetic (float32) are those of the pipeline; only the decoder takes turns.
+    Sampler, cache and noise are those of the pipeline, the arithmetic is float32; only the decoder takes turns. So on
+    a CPU the frames are the pipeline's to rounding.
+
+    Raises:
+        WeightsError: the model takes other steps for its first block, which rollouts of training do not.
     """
     source = ModelFolder(folder)
     spec = source.spec
+    if spec.first_block_steps is not None:
+        raise WeightsError(f"{spec.name} takes other steps for its first block; make its videos one by one.")
     network, vae = (source.load(name, torch.float32).to(device) for name in ("transformer", "vae"))
     text = TextEncoder(source.load("text_encoder", torch.float32).to(device), source.load_tokenizer(), spec.text_len)
     shape = spec.latent_shape(network.config.in_channels)

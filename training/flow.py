@@ -32,6 +32,8 @@ SHEET_STEPS = 20
 class FlowStage(Stage[FlowSettings]):
     """Teacher and causal students alike: they differ in mask and noise levels."""
 
+    takes_workers = True
+
     def __init__(self, settings: FlowSettings, processes: Processes) -> None:
         super().__init__(settings, processes)
         network = self.trainee("generator", settings.network, settings.optimizer)

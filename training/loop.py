@@ -53,7 +53,8 @@ def train(stage: Stage, name: str, processes: Processes) -> int:
             while step < run.steps:
                 doing = f"in step {step + 1}"
                 if run.schedule == "minutes" and step > first:
-                    stage.expect(steps_in_all(step, first, time.monotonic() - started, run.minutes, run.steps))
+                    seconds = processes.leaders(time.monotonic() - started)
+                    stage.expect(steps_in_all(step, first, seconds, run.minutes, run.steps))
                 metrics = stage.step(step)
                 step += 1
                 bar.update()

@@ -2,7 +2,7 @@
 
 Started by `torchrun`, the processes find each other; started plainly, there is one, and everything runs the same way
 with a group of one. Every network is sharded by itself: block by block, so that one block's weights are whole at a
-time, and what remains as a last group. One process alone has all of them whole all the time.
+time, and what remains as a last group.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Processes:
     master_dtype: torch.dtype
     """What trained weights and their optimiser are kept in."""
     cpu_offload: bool
+    keep_gathered: bool = False
+    """Whether one process alone has every network as one group that stays gathered."""
 
     @property
     def leads(self) -> bool:
@@ -67,16 +69,14 @@ class Processes:
             cast_forward_inputs=False,
         )
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
-        # One process has all weights anyway: blocks of their own, gathered for every pass, would only take time.
-        spread = self.count > 1 or self.cpu_offload
         options = {
             "mesh": self.mesh,
             "mp_policy": policy,
             "offload_policy": offload,
-            "reshard_after_forward": None if spread else False,
+            "reshard_after_forward": False if self.keep_gathered else None,
         }
         module = module.to(self.device)
-        for block in getattr(module, "blocks", ()) if spread else ():
+        for block in () if self.keep_gathered else getattr(module, "blocks", ()):
             fully_shard(block, **options)
             if hasattr(block, "text_kv"):
                 register_fsdp_forward_method(block, "text_kv")
@@ -96,6 +96,12 @@ class Processes:
         shared = torch.tensor([int(decision)], device=self.device)
         dist.broadcast(shared, 0)
         return bool(shared.item())
+
+    def leaders(self, value: float) -> float:
+        """The first process's number, on all of them."""
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.item()
 
     def barrier(self) -> None:
         self.agreed(True)
@@ -119,6 +125,10 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise OptionUnavailable("run.device is 'cuda', but torch finds no GPU on this machine.")
     gpu = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+    if settings.keep_gathered and (count > 1 or settings.cpu_offload):
+        raise InvalidSettings(
+            f"run.keep_gathered is true, but that is for one process (here {count}) without run.cpu_offload."
+        )
     if settings.cpu_offload and not gpu:
         raise InvalidSettings("run.cpu_offload is true, but there is no GPU whose memory it could spare.")
     missing = missing_for_compile(torch.device("cuda" if gpu else "cpu")) if settings.compile else None
@@ -145,6 +155,7 @@ def processes(settings: RunSettings) -> Iterator[Processes]:
             compute_dtype=compute,
             master_dtype=torch.float64 if compute == torch.float64 else torch.float32,
             cpu_offload=settings.cpu_offload,
+            keep_gathered=settings.keep_gathered,
         )
         leave = True
     finally:

@@ -44,7 +44,8 @@ class RunSettings:
     """Stop after so much time in this start, with a checkpoint; 0: never."""
     schedule: Literal["steps", "minutes"] = "steps"
     """What the course of the rates is laid out for. `minutes`: as many steps as fit into `minutes`, estimated on the
-    way; for comparisons in which everyone gets the same time. A curriculum follows `steps` all the same."""
+    way; for comparisons in which everyone gets the same time. A curriculum follows `steps` all the same, and a run
+    that is continued estimates anew, so it does not end with the weights of one that was not."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """What networks compute in. Weights and optimisers stay in float32 (float64 for float64)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -53,6 +54,9 @@ class RunSettings:
     small networks and large batches on a GPU, which would wait for the CPU."""
     workers: int = 0
     """Processes beside each training process that put its clips together ahead of time; 0: none."""
+    keep_gathered: bool = False
+    """One process alone keeps all weights gathered, a second copy of every network: for small ones, whose steps on a
+    GPU would go by with gathering."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile the blocks of networks that learn: minutes once, then about a fifth less time a step on a CPU."""

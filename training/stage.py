@@ -35,6 +35,8 @@ class Stage(ABC, Generic[Kind]):
     """
 
     settings_kind: ClassVar[type[StageSettings]]
+    takes_workers: ClassVar[bool] = False
+    """Whether `run.workers` can help: the stage learns from clips that others may put together."""
 
     def __init__(self, settings: Kind, processes: Processes) -> None:
         self.settings = settings
@@ -63,6 +65,10 @@ class Stage(ABC, Generic[Kind]):
         Raises:
             SelfForcingError: naming the setting or the file.
         """
+        if settings.run.workers and not cls.takes_workers:
+            raise InvalidSettings(
+                f"run.workers is {settings.run.workers}, but this stage has no work for them: set it to 0."
+            )
         config = network_config(settings.network)
         check_text(settings, config)
         if settings.run.sheet_every:

@@ -160,6 +160,7 @@ class Endpoints:
                 "taehv": False,
                 "fp8": False,
                 "compile": False,
+                **model.preset,
             },
             "unavailable": model.unavailable_options(),
             "known_words": model.known_words(),
