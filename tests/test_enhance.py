@@ -137,6 +137,50 @@ def test_what_is_denied_is_not_shown(enhancer: TemplateEnhancer) -> None:
         assert read["weather"] == "clear" and read["time"] != "night"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "away"),
+    [
+        ("a balloon not red", {"colour": "red"}),
+        ("a balloon that is not red", {"colour": "red"}),
+        ("a balloon that isn't red", {"colour": "red"}),
+        ("not a red balloon", {"colour": "red"}),
+    ],
+)
+def test_denied_colours_are_not_shown(enhancer: TemplateEnhancer, prompt: str, away: dict[str, str]) -> None:
+    for variant in range(40):
+        suggestion = enhancer.enhance(prompt, variant)
+        read = stated_in(suggestion.text)
+        assert read["subject"] == "balloon" and not away.items() & read.items(), suggestion
+        assert "Kept away: red." in suggestion.notes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "away"),
+    [
+        ("a red ball never moving", "moving"),
+        ("a bird that does not fly", "fly"),
+        ("a bird that doesn’t fly over the ocean", "fly"),
+        ("a boat not sailing", "sailing"),
+    ],
+)
+def test_what_does_not_move_rests(enhancer: TemplateEnhancer, prompt: str, away: str) -> None:
+    for variant in range(12):
+        suggestion = enhancer.enhance(prompt, variant)
+        assert stated_in(suggestion.text)["motion"] == "still", suggestion
+        assert f"Kept away: {away}." in suggestion.notes
+
+
+def test_a_denied_verb_is_not_drawn_for_a_stated_motion(enhancer: TemplateEnhancer) -> None:
+    for variant in range(20):
+        words_of_it = enhancer.enhance("a bird to the right, not flying, moves to the right", variant).text.split()
+        assert not {"flies", "flying"} & set(words_of_it)
+
+
+def test_what_is_kept_away_is_told(enhancer: TemplateEnhancer) -> None:
+    notes = enhancer.enhance("a car in the city without rain").notes
+    assert "Kept away: rain." in notes and not any("rain" in note for note in notes if "Kept away" not in note)
+
+
 def test_where_everything_is_denied_that_is_said(enhancer: TemplateEnhancer) -> None:
     prompt = ", ".join(f"no {subject}" for subject in ATTRIBUTES["subject"])
     with pytest.raises(SelfForcingError, match="no other sentence for this prompt"):
