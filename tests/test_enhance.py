@@ -669,6 +669,7 @@ def test_the_command_asks_a_language_model(folder: Path, capsys) -> None:
         (["a ball", "--variant", "x"], 2, "invalid int value"),
         (["a ball", "--enhancer", "org/name"], 2, "40 digits of a revision"),
         (["a ball", "--model", "nowhere"], 2, "no model folder"),
+        (["a ball", "--model", "nowhere", "--enhancer", "{silent}"], 2, "cannot go together"),
         (["a ball", "--model", "{bare}"], 2, "no templates for prompts. Pick a language model with --enhancer"),
         (["a ball", "--enhancer", "{silent}"], 1, "nothing that can be used"),
     ],
@@ -684,7 +685,8 @@ def test_the_command_ends_with_a_sentence(
     assert out == "" and reason in err and err.count("\n") == 1
 
 
-def test_ctrl_c_ends_the_command(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_command(folder: Path, number: signal.Signals) -> None:
     program = (
         "import sys, time\nfrom pipeline import __main__, enhance_language\n"
         "def load(place):\n    print('loading', flush=True)\n    time.sleep(60)\n"
@@ -693,6 +695,9 @@ def test_ctrl_c_ends_the_command(folder: Path) -> None:
     command = [sys.executable, "-c", program, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "loading\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
+        assert process.stderr.readline() == "Stopped.\n"
+        for again in (signal.SIGTERM, signal.SIGINT):  # while the thread is given its time to end
+            process.send_signal(again)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and err == "Stopped.\n"
+    assert process.returncode == 130 and err == ""
