@@ -90,6 +90,7 @@ class LanguageEnhancer:
         self._waiting: deque[_Question] = deque()
         self._current: _Question | None = None
         self._thread: threading.Thread | None = None
+        self._capped: threading.Thread | None = None
         self._lock = threading.Condition()
         self._closed = False
 
@@ -184,6 +185,9 @@ class LanguageEnhancer:
             return self._current
 
     def _answer(self, question: _Question) -> Suggestion:
+        if self._capped is not threading.current_thread():
+            _leave_a_core()
+            self._capped = threading.current_thread()
         if self._model is None:
             self._model, self._tokenizer = self._place.load()
         assert self._tokenizer is not None
@@ -434,6 +438,20 @@ def cleaned(text: str, unfinished: bool = False) -> str:
 
 def _as_list(value: int | list[int]) -> list[int]:
     return [value] if isinstance(value, int) else value
+
+
+def _leave_a_core() -> None:
+    """Let torch use one core less on this thread, and on no other one."""
+    import torch
+
+    usual = torch.get_num_threads()  # also makes this thread take over the usual number, which it would do later
+    if usual < 2:
+        return
+    torch.set_num_threads(usual - 1)
+    # That was this thread's own number and the one that new threads begin with. The latter is put back elsewhere.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(usual,))
+    restoring.start()
+    restoring.join()
 
 
 def _check_memory(folder: Path, shown: str) -> None:

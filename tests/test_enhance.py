@@ -450,6 +450,23 @@ def test_no_error_ends_the_thread(folder: Path, monkeypatch, error: BaseExceptio
     assert language.close()
 
 
+def test_it_leaves_a_core_to_others(folder: Path, monkeypatch) -> None:
+    usual, found = torch.get_num_threads(), []
+    language = LanguageEnhancer(str(folder), max_seconds=20)
+    monkeypatch.setattr(language, "_ask", lambda *_: (found.append(torch.get_num_threads()), ("a ball", False))[1])
+    try:
+        torch.set_num_threads(3)
+        for _ in range(2):
+            language.enhance("a ball")
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert [*found, torch.get_num_threads()] == [2, 2, 3, 3]
+    finally:
+        torch.set_num_threads(usual)
+        assert language.close()
+
+
 def test_a_thread_that_died_is_replaced(folder: Path) -> None:
     language = LanguageEnhancer(str(folder), max_seconds=20)
     language._thread = dead = threading.Thread(target=print)
