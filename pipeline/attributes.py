@@ -25,6 +25,7 @@ _AROUND = ("weather", "time", "scene")
 _BEFORE_DENIED = frozenset(("a", "an", "any", "the", "in", "on", "at"))
 """What may stand between `without` and what is denied."""
 _TOKEN = re.compile(r"[^\W_]+|,")
+_SHORTENED_NOT = re.compile(r"n['\u2019]t\b", re.IGNORECASE)
 
 
 def words_of(text: str) -> Words:
@@ -85,11 +86,12 @@ class AttributeReader:
 
     def read(self, text: str) -> Reading:
         """What the text states. Only the longest phrases count for an attribute, the first one of each value."""
-        words = words_of(text)
+        words = words_of(_SHORTENED_NOT.sub(" not", text) if "not" in self._negators else text)
         rest, mentions, denied = list(words), {}, {}
         for name in ORDER:
             if name == "colour":  # it stands beside its subject, whose words have been read
                 found = self._colours(words)
+                denied[name] = self._denied_colours(words, rest)
             else:
                 said_not: dict[str, range] = {}
                 found = self._longest(tuple(rest), self._phrases[name], said_not)
@@ -106,8 +108,13 @@ class AttributeReader:
         return Reading(words, mentions, denied, tuple(rest))
 
     def find(self, name: str, words: Words) -> list[Mention]:
-        """All phrases of an attribute in the words, wherever they stand; they may overlap."""
-        return [Mention(*match) for match in _matches(words, self._phrases[name])]
+        """All phrases of an attribute in the words that are not denied, wherever they stand; they may overlap."""
+        mentions = [Mention(*match) for match in _matches(words, self._phrases[name])]
+        return [mention for mention in mentions if not self.is_denied(words, mention.places.start)]
+
+    def is_denied(self, words: Words, place: int) -> bool:
+        """Whether a word of denial stands before the one in this place, with no more than articles between them."""
+        return self._negator_before(words, place) is not None
 
     def _longest(self, words: Words, phrases: _Index, denied: dict[str, range]) -> tuple[Mention, ...]:
         found: dict[str, Mention] = {}
@@ -128,13 +135,28 @@ class AttributeReader:
                 break
         return None
 
+    def _denied_colours(self, words: Words, rest: list[str]) -> frozenset[str]:
+        """Also takes the words that deny them. Of several phrases in one place the longest counts: `dark red`."""
+        denied: dict[int, tuple[str, range]] = {}
+        for value, _, places in _matches(words, self._phrases["colour"]):
+            negator = self._negator_before(words, places.start)
+            if negator is not None and all(rest[place] for place in places):
+                span = range(negator + 1, places.stop)
+                if negator not in denied or len(span) > len(denied[negator][1]):
+                    denied[negator] = value, span
+        for _, span in denied.values():
+            _take(rest, span)
+        return frozenset(value for value, _ in denied.values())
+
     def _colours(self, words: Words) -> tuple[Mention, ...]:
-        """The colours beside subjects: `a red ball`, `a red colored ball`, `a ball that is red`."""
+        """The colours beside subjects that are not denied: `a red ball`, `a red colored ball`, `a ball that is red`."""
         found: dict[str, Mention] = {}
         for _, _, noun in _matches(words, self._phrases["subject"]):
             beside = noun.start - 1 if noun.start and words[noun.start - 1] == "colored" else noun.start
             that_is = noun.stop + 2 if words[noun.stop : noun.stop + 2] == ("that", "is") else None
             for value, phrase, places in _matches(words, self._phrases["colour"]):
+                if self.is_denied(words, places.start):
+                    continue
                 if places.stop == beside or places.start == that_is:
                     found.setdefault(value, Mention(value, phrase, places))
         return tuple(sorted(found.values(), key=lambda mention: mention.places.start))

@@ -101,8 +101,7 @@ def run_command(
         report(json.dumps(result, allow_nan=False) if options.json else sentence(result))
         return 0
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # `timeout`, for one, sends its signal twice
-            signal.signal(number, signal.SIG_IGN)
+        ignore_interrupts()
         say("Stopped. Nothing was written.")
         _leave_without_the_model(worker, EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
@@ -389,6 +388,19 @@ def terminate_like_interrupt() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def ignore_interrupts() -> None:
+    """After the first signal there is nothing more to stop; `timeout`, for one, sends its signal twice."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End the process under a thread that torch does not let go of."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def progress_bar() -> Any:
     from tqdm import tqdm
 
@@ -398,6 +410,4 @@ def progress_bar() -> Any:
 def _leave_without_the_model(worker: ModelWorker | None, code: int) -> None:
     """End the process if the model does not stop soon: torch cannot be interrupted in the middle of a step."""
     if worker is not None and not worker.close(timeout=2):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave_at_once(code)

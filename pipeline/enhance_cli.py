@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,8 @@ from pipeline.cli import (
     EXIT_INTERRUPTED,
     SentenceParser,
     check_model_folder,
+    ignore_interrupts,
+    leave_at_once,
     quiet_libraries,
     say,
     terminate_like_interrupt,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(suggestion.text + "\n")
         code = 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ignore_interrupts()
         say("Stopped.")
         code = EXIT_INTERRUPTED
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
     if isinstance(enhancer, LanguageEnhancer) and not enhancer.close():
         # It is loading, which cannot be interrupted; torch aborts the process if the interpreter goes away under it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave_at_once(code)
     return code
 
 
@@ -70,11 +68,17 @@ def pick(options: argparse.Namespace) -> Enhancer:
     """What the options ask for.
 
     Raises:
+        InvalidRequest: they ask for templates and for a language model.
         OptionUnavailable: the model has no templates.
     """
     if options.enhancer is not None:
+        if options.model is not None:
+            raise InvalidRequest(
+                "--model, whose templates are taken, and --enhancer, a language model, cannot go together. Leave one "
+                "of them out."
+            )
         return LanguageEnhancer(options.enhancer, max_seconds=MAX_SECONDS)
-    folder = check_model_folder(options.model)
+    folder = check_model_folder(EMBEDDED_MODEL if options.model is None else options.model)
     enhancer = TemplateEnhancer.from_folder(folder)
     if enhancer is None:
         raise OptionUnavailable(
@@ -93,7 +97,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         type=Path,
-        default=EMBEDDED_MODEL,
         metavar="FOLDER",
         help="model folder whose templates are taken (default: weights/embedded)",
     )

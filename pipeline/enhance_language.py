@@ -1,7 +1,8 @@
 """Lets a small language model write prompts out: any causal one that transformers loads, picked by the user.
 
-It is loaded at the first use, lives on a thread of its own and on the CPU, where it takes none of the video model's
-memory. Nothing of it is imported, fetched or asked before somebody wants a suggestion.
+It is loaded at the first use and lives on a thread of its own and on the CPU. It takes nothing of a GPU's memory, but 4
+bytes of main memory for each of its parameters, and cores: a video model that runs on the CPU shares both with it.
+Nothing of it is imported, fetched or asked before somebody wants a suggestion.
 
     enhancer = LanguageEnhancer("models/SmolLM2-360M-Instruct")
     print(enhancer.enhance("a red balloon").text)
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
+import math
 import re
+import shutil
 import threading
 import time
-from contextlib import suppress
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from pipeline.config import MAX_PROMPT_CHARS, checked_prompt, checked_variant
 from pipeline.enhance import Suggestion
@@ -30,6 +34,7 @@ from pipeline.errors import (
     SelfForcingError,
     WeightsError,
 )
+from pipeline.load_lock import LOAD_LOCK
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +58,11 @@ INSTRUCTION = (
 )
 CONTINUATION = "{instruction}\n\nPrompt:"
 """For models that only go on with a text, without a form for questions and answers."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?@[0-9a-f]{40}")
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""What of a repository is downloaded, at its top: no code, no weights in other formats."""
+_NOT_FETCHED = ("*/*", "consolidated*")
+"""Sub-folders, and a second copy of the weights that some repositories have."""
 _POLL_SECONDS = 0.1
 _THINKING = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
@@ -78,10 +87,11 @@ class LanguageEnhancer:
         self._max_seconds = max_seconds
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._questions: queue.Queue[_Question | None] = queue.Queue(MAX_WAITING)
+        self._waiting: deque[_Question] = deque()
         self._current: _Question | None = None
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._capped: threading.Thread | None = None
+        self._lock = threading.Condition()
         self._closed = False
 
     @property
@@ -100,11 +110,7 @@ class LanguageEnhancer:
             WeightsError, DownloadError: the model cannot be loaded. The next question tries again.
         """
         question = _Question(checked_prompt(prompt), checked_variant(variant), self._max_seconds, cancel)
-        self._start()
-        try:
-            self._questions.put_nowait(question)
-        except queue.Full:
-            raise SelfForcingError("The language model has too many questions to answer. Ask again later.") from None
+        self._put(question)
         try:
             while not question.done.wait(_POLL_SECONDS):
                 if self._closed:
@@ -113,6 +119,9 @@ class LanguageEnhancer:
                     raise question.why_over(loading=not self.loaded)
         finally:
             question.left.set()
+            with self._lock:
+                if question in self._waiting:  # its place is free at once, though another one is being answered
+                    self._waiting.remove(question)
         if question.error is not None:
             raise question.error
         assert question.answer is not None
@@ -123,20 +132,25 @@ class LanguageEnhancer:
         with self._lock:
             self._closed = True
             thread = self._thread
+            if self._current is not None:
+                self._current.left.set()
+            self._lock.notify_all()
         if thread is None:
             return True
-        if (current := self._current) is not None:
-            current.left.set()
-        with suppress(queue.Full):
-            self._questions.put_nowait(None)
         thread.join(timeout)
         return not thread.is_alive()
 
-    def _start(self) -> None:
+    def _put(self, question: _Question) -> None:
+        """Give it a place, and see to it that there is a thread to answer it."""
         with self._lock:
             if self._closed:
                 raise Cancelled("The language model was shut down.")
-            if self._thread is None:
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.over)
+            if len(self._waiting) >= MAX_WAITING:
+                raise SelfForcingError("The language model has too many questions to answer. Ask again later.")
+            self._waiting.append(question)
+            self._lock.notify_all()
+            if self._thread is None or not self._thread.is_alive():
                 # A daemon: a program that wants to end must not wait for a download.
                 self._thread = threading.Thread(target=self._work, name="language model", daemon=True)
                 self._thread.start()
@@ -144,8 +158,7 @@ class LanguageEnhancer:
     # ---- on its own thread
 
     def _work(self) -> None:
-        while not self._closed and (question := self._questions.get()) is not None:
-            self._current = question
+        while (question := self._next()) is not None:
             try:
                 if not question.over:
                     question.answer = self._answer(question)
@@ -153,7 +166,7 @@ class LanguageEnhancer:
                 question.error = error
             except MemoryError as error:
                 question.error = _caused(OutOfMemory("There is not enough memory for the language model."), error)
-            except Exception as error:
+            except BaseException as error:  # a tokenizer's panic, or SystemExit, is no Exception
                 logger.exception("The language model failed")
                 told = SelfForcingError("The language model failed. Ask again, or write the prompt yourself.")
                 question.error = _caused(told, error)
@@ -162,7 +175,19 @@ class LanguageEnhancer:
                 if question.answer is not None or question.error is not None:
                     question.done.set()
 
+    def _next(self) -> _Question | None:
+        """Wait for a question; None: the program ends."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._closed or self._waiting)
+            if self._closed:
+                return None
+            self._current = self._waiting.popleft()
+            return self._current
+
     def _answer(self, question: _Question) -> Suggestion:
+        if self._capped is not threading.current_thread():
+            _leave_a_core()
+            self._capped = threading.current_thread()
         if self._model is None:
             self._model, self._tokenizer = self._place.load()
         assert self._tokenizer is not None
@@ -267,7 +292,8 @@ class _Question:
         if loading:
             return DeadlineExceeded("The language model is still being loaded. Ask again in a moment.")
         return DeadlineExceeded(
-            f"The language model took longer than {self._max_seconds:g} s. Ask again later, or pick a smaller one."
+            f"The language model took longer than {self._max_seconds:g} s. Ask again later, or write the prompt "
+            "yourself."
         )
 
 
@@ -284,55 +310,88 @@ class _Place:
         """Model and tokenizer, on the CPU in float32.
 
         Raises:
-            DownloadError: the hub does not give it.
+            DownloadError: the hub does not give it, or there is no room for it.
+            OutOfMemory: there is not enough memory now.
             WeightsError: it is no causal language model in safetensors, needs code of its own, or is damaged.
         """
         import torch
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # it counts layers; a download has a bar of its own
-        local = self.revision is None
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-        if not local:
-            options["revision"] = self.revision
-        shown = f"The language model {Path(self.name).name if local else self.name}"
+        shown = f"The language model {Path(self.name).name if self.revision is None else self.name}"
+        folder = Path(self.name) if self.revision is None else self._fetched(shown)
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-            )
+            with LOAD_LOCK:
+                _check_memory(folder, shown)  # here: what was loaded while this waited has its memory now
+                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             logger.info("The language model cannot be loaded", exc_info=True)
-            if not local and _has_cause(error, (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError)):
-                raise DownloadError(
-                    f"{shown} cannot be fetched at this revision. Check its name and the network, or name a folder."
-                ) from error
             raise WeightsError(
                 f"{shown} cannot be loaded: it is damaged, needs code of its own, or is no causal language model in "
-                "safetensors files. Name another one with --enhancer."
+                "safetensors files. Write the prompt yourself."
             ) from error
         if missing := sorted(report.get("missing_keys") or ()):
             raise WeightsError(
-                f"{shown} is incomplete: {len(missing)} tensors are missing, the first is {missing[0]}. Get it again."
+                f"{shown} is incomplete: {len(missing)} tensors are missing, the first is {missing[0]}. Write the "
+                "prompt yourself."
             )
         return model.eval().requires_grad_(False), tokenizer
+
+    def _fetched(self, shown: str) -> Path:
+        """The folder of a hub's files at the revision, downloaded if they are not here yet."""
+        import huggingface_hub
+        from huggingface_hub import constants
+
+        wanted: dict[str, Any] = {
+            "revision": self.revision,
+            "allow_patterns": list(_FETCHED),
+            "ignore_patterns": list(_NOT_FETCHED),
+        }
+        try:
+            files = huggingface_hub.snapshot_download(self.name, dry_run=True, **wanted)
+            missing = sum(file.file_size or 0 for file in files if file.will_download)
+        except Exception:  # the size is not known; the download says what is wrong, if anything is
+            logger.info("The size of the language model is not known", exc_info=True)
+            missing = 0
+        if missing and missing > (free := shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free):
+            raise DownloadError(
+                f"{shown} is {_gigabytes(missing)} to download, but only {_gigabytes(free)} are free on the disk. "
+                "Write the prompt yourself."
+            )
+        try:
+            return Path(huggingface_hub.snapshot_download(self.name, **wanted))
+        except Exception as error:
+            logger.info("The language model cannot be fetched", exc_info=True)
+            raise DownloadError(
+                f"{shown} cannot be fetched at this revision: there is none of this name, or no way to it. "
+                "Ask again later, or write the prompt yourself."
+            ) from error
 
 
 def checked_source(source: str) -> _Place:
     """See `LanguageEnhancer`."""
     folder = Path(source).expanduser()
+    is_hub_id = _HUB_ID.fullmatch(source) is not None
     try:
         is_folder = folder.is_dir()
     except (OSError, ValueError):  # a name that the file system cannot have
         is_folder = False
+    if is_folder and is_hub_id:
+        raise InvalidRequest(
+            f"enhancer is {_shown(source)}, which is a folder here and could be a revision on the Hugging Face Hub. "
+            "Write ./ before the name of the folder, or rename it."
+        )
     if not is_folder:
-        if not _HUB_ID.fullmatch(source):
+        if not is_hub_id:
             raise InvalidRequest(
-                "enhancer must be the folder of a language model, or its name on the Hugging Face Hub with the 40 "
-                "digits of a revision: name@0123456789abcdef0123456789abcdef01234567."
+                f"enhancer is {_shown(source)}, but must be the folder of a language model, or its name on the Hugging "
+                "Face Hub with the 40 digits of a revision: name@0123456789abcdef0123456789abcdef01234567."
             )
         name, _, revision = source.partition("@")
         return _Place(name, revision)
@@ -381,12 +440,61 @@ def _as_list(value: int | list[int]) -> list[int]:
     return [value] if isinstance(value, int) else value
 
 
-def _has_cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
-    while error is not None:
-        if isinstance(error, kinds):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _leave_a_core() -> None:
+    """Let torch use one core less on this thread, and on no other one."""
+    import torch
+
+    usual = torch.get_num_threads()  # also makes this thread take over the usual number, which it would do later
+    if usual < 2:
+        return
+    torch.set_num_threads(usual - 1)
+    # That was this thread's own number and the one that new threads begin with. The latter is put back elsewhere.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(usual,))
+    restoring.start()
+    restoring.join()
+
+
+def _check_memory(folder: Path, shown: str) -> None:
+    """Raises `OutOfMemory` if the weights, as float32, are larger than the memory that is free now."""
+    needed, free = _float32_bytes(folder), psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemory(
+            f"{shown} needs {_gigabytes(needed)} of memory, but only {_gigabytes(free)} are free. Ask again later, or "
+            "write the prompt yourself."
+        )
+
+
+def _float32_bytes(folder: Path) -> int:
+    """Of the tensors in a model's safetensors files; files that cannot be read count as nothing."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = {folder / name for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        single = folder / "model.safetensors"
+        files = {single} if single.is_file() else set(folder.glob("*.safetensors"))
+    total = 0
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+            total += sum(4 * math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return total
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _shown(source: str) -> str:
+    return repr(source if len(source) <= 60 else f"{source[:57]}...")
 
 
 def _caused(error: SelfForcingError, cause: BaseException) -> SelfForcingError:

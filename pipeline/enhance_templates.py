@@ -2,7 +2,8 @@
 
 The world is data: `enhance.json` in the model folder says what there is, how it is called and what goes together.
 This module reads what a prompt states, keeps it, adds what it leaves open, and reads its own sentence once more before
-it hands it on.
+it hands it on. What an attribute is called and the order in which they are read and chosen (`ORDER`, `_FILL_ORDER`) are
+those of the embedded model's world, and in the code: a file can change their values and phrases, not add an attribute.
 """
 
 from __future__ import annotations
@@ -103,8 +104,13 @@ class _Asked:
     """What is stated, but means nothing beside something else that is."""
     verb: str
     """What the subject does, if the prompt does not say where to; or ""."""
+    denied_verbs: tuple[str, ...]
+    """What the subject is said not to do, in the prompt's words. It then rests, unless a motion is stated."""
     unused: tuple[str, ...]
     """Words that there is no place for."""
+
+    def may_do(self, verb: str) -> bool:
+        return all(_stem(verb) != _stem(denied) for denied in self.denied_verbs)
 
 
 class TemplateEnhancer:
@@ -199,16 +205,20 @@ class TemplateEnhancer:
         ]
         impossible = {name: stated.pop(name) for name in never if name in stated}
         used = {place for mention in (*stated.values(), *impossible.values()) for place in mention.places}
-        left = [
-            word
-            for place, word in enumerate(reading.unread)
-            if word not in ("", ",") and place not in used and word not in self._world.fillers
-        ]
+        stems = {_stem(verb) for verb in self._verbs}
+        left, denied_verbs = [], []
+        for place, word in enumerate(reading.unread):
+            if word in ("", ",") or place in used or word in self._world.fillers:
+                continue
+            if _stem(word) in stems and self._reader.is_denied(reading.words, place):
+                denied_verbs.append(word)
+            else:
+                left.append(word)
         verb = next((word for word in left if word in self._verbs), "")
         if "motion" in stated and not self._with_verb(stated["motion"].value):
             verb = ""
         unused = tuple(dict.fromkeys(word for word in left if word != verb and word not in self._world.negators))
-        return _Asked(reading, stated, impossible, verb, unused)
+        return _Asked(reading, stated, impossible, verb, tuple(denied_verbs), unused)
 
     def _colour(self, reading: Reading, subject: Mention | None) -> Mention | None:
         """The colour of the subject that is taken, not of another one or of the sky."""
@@ -244,7 +254,8 @@ class TemplateEnhancer:
                 values[name] = rng.choice(options)
         if "subject" not in values:  # the prompt denies every one
             return "", {}
-        verb = asked.verb or rng.choice(self._world.verbs[values["subject"]])
+        verbs = self._world.verbs[values["subject"]]
+        verb = asked.verb or rng.choice([verb for verb in verbs if asked.may_do(verb)] or verbs)
         said = {name: self._phrase(name, values, asked, rng).replace(VERB, verb) for name in ORDER if name in values}
         added = {name: phrase for name, phrase in said.items() if name not in asked.stated}
         subject = said["subject"] if "colour" not in said else f"{said['colour']} {said['subject']}"
@@ -265,6 +276,8 @@ class TemplateEnhancer:
         ]
         if name == "motion" and asked.verb:  # it does something, so it does not rest
             possible = [value for value in possible if self._with_verb(value)]
+        elif name == "motion" and asked.denied_verbs:
+            possible = [value for value in possible if not self._with_verb(value)] or possible
         usual = possible
         for other, value in values.items():
             beside = world.usual.get(other, {}).get(value, {}).get(name, usual)
@@ -326,6 +339,9 @@ class TemplateEnhancer:
         foreign = (mention for name, mention in asked.stated.items() if not self._is_known(name, mention))
         if replaced := [f"{_span(asked.reading, mention)} ({mention.value})" for mention in foreign]:
             yield f"Said in this model's words: {', '.join(replaced)}."
+        kept_away = [value for name in ORDER for value in sorted(asked.reading.denied.get(name, ()))]
+        if kept_away := [*kept_away, *dict.fromkeys(asked.denied_verbs)]:
+            yield f"Kept away: {', '.join(kept_away)}."
         if asked.impossible:
             place = " ".join(asked.stated[name].phrase for name in self._world.never if name in asked.stated)
             phrases = ", ".join(_span(asked.reading, mention) for mention in asked.impossible.values())
@@ -344,6 +360,13 @@ def _text(value: Any) -> str:
 def _seed_of(prompt: str, number: int) -> int:
     """The same number for the same prompt on every machine."""
     return int.from_bytes(hashlib.blake2s(f"{number}|{prompt}".encode(), digest_size=8).digest(), "big")
+
+
+def _stem(verb: str) -> str:
+    """The same for `flies`, `flying` and `fly`, and for `moves`, `moving` and `move`; a rough rule is enough here."""
+    stem = verb.removesuffix("ing") if verb.endswith("ing") else verb.removesuffix("s")
+    stem = stem[:-2] + "y" if stem.endswith("ie") else stem.removesuffix("e")
+    return stem[:-1] if len(stem) > 2 and stem[-1] == stem[-2] else stem
 
 
 def _span(reading: Reading, mention: Mention) -> str:

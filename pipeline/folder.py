@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
+from pipeline.load_lock import LOAD_LOCK
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
 
@@ -87,9 +88,10 @@ class ModelFolder:
             WeightsError: a file is missing or damaged, or does not fit its config.
         """
         try:
-            model, report = CLASSES[name][1].from_pretrained(
-                self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            with LOAD_LOCK:
+                model, report = CLASSES[name][1].from_pretrained(
+                    self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise WeightsError(
                 f"The {name} of {self.spec.name} cannot be loaded: a file in {self._name}/{name} is missing or "

@@ -111,8 +111,9 @@ def test_without_an_enhancer_there_is_no_button(both: tuple[Server, SlowLanguage
     client = Client(server.url, download_files=tmp_path, verbose=False)
     assert client.predict(api_name="/options")["enhancers"] == []
     for by, missing in (("", "nothing"), ("templates", "no templates"), ("language", "no language model")):
-        with pytest.raises(AppError, match=f"There is {missing} here"):
+        with pytest.raises(AppError, match=f"There is {missing} here") as refused:
             client.predict(prompt="a ball", by=by, api_name="/enhance")
+        assert "--" not in str(refused.value), "a visitor cannot start the program with other options"
 
 
 def test_where_there_is_one_there_is_no_choice(both: tuple[Server, SlowLanguage], bare, templates) -> None:
@@ -217,16 +218,45 @@ def test_the_next_question_and_leaving_end_the_one_before(both: tuple[Server, Sl
     first.start()
     wait_until(lambda: language.asked)
     help = server.page.help
-    second = threading.Thread(
-        target=lambda: pytest.raises(Cancelled, help.suggest, server.page.generator.pipeline, "b", 0, LANGUAGE, session)
-    )
+    errors: list[Exception] = []
+
+    def ask_again() -> None:
+        try:
+            help.suggest(server.page.generator.pipeline, "b", 0, LANGUAGE, session)
+        except Exception as error:
+            errors.append(error)
+
+    second = threading.Thread(target=ask_again)
     second.start()
     wait_until(lambda: language.dropped == 1)
     help.drop(session)  # as `unload` does
     wait_until(lambda: language.dropped == 2)
     second.join(5)
     first.join(5)
+    assert len(errors) == 1 and isinstance(errors[0], Cancelled)
     assert help._asking == {}
+
+
+def test_a_visitor_has_one_question_at_a_time(both: tuple[Server, SlowLanguage]) -> None:
+    server, language = both
+    help, session = server.page.help, uuid.uuid4().hex
+    outcomes: list[Suggestion | Exception] = []
+
+    def ask(number: int) -> None:
+        try:
+            outcomes.append(help.suggest(server.page.generator.pipeline, f"ball {number}", 0, LANGUAGE, session))
+        except Exception as error:
+            outcomes.append(error)
+
+    askers = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for asker in askers:
+        asker.start()
+    wait_until(lambda: language.dropped == 11)
+    language.may_answer.set()
+    for asker in askers:
+        asker.join(5)
+    assert sum(isinstance(outcome, Suggestion) for outcome in outcomes) == 1
+    assert sum(isinstance(outcome, Cancelled) for outcome in outcomes) == 11
 
 
 # ---- programs
@@ -251,6 +281,27 @@ def test_programs_get_text_and_notes(both: tuple[Server, SlowLanguage], tmp_path
         with pytest.raises(AppError, match=words):
             client.predict(**fields, api_name="/enhance")
     assert server.pipeline.requests == [], "no video is made of it"
+
+
+def test_a_programs_next_question_drops_its_older_one(both: tuple[Server, SlowLanguage], tmp_path: Path) -> None:
+    server, language = both
+    client = Client(server.url, download_files=tmp_path, verbose=False)
+    older = client.submit(prompt="a ball", by="language", api_name="/enhance")
+    wait_until(lambda: len(language.asked) == 1)
+    newer = client.submit(prompt="a car", by="language", api_name="/enhance")
+    wait_until(lambda: language.dropped == 1)
+    with pytest.raises(AppError, match="The question was dropped"):
+        older.result(10)
+    language.may_answer.set()
+    assert newer.result(10)[0].startswith("a car")
+
+
+def test_the_notes_are_told_in_a_region_that_stays(both: tuple[Server, SlowLanguage]) -> None:
+    server, _ = both
+    parts = {part["props"].get("elem_id"): part["props"] for part in server.demo.config["components"]}
+    assert 'role="status"' in parts["suggestion-live"]["value"] and parts["suggestion-live"]["visible"] is True
+    notes = enhance(server, "a ball", TEMPLATES)[-1][3]
+    assert notes.startswith("<ul><li>Added: ") and "role" not in notes
 
 
 # ---- the program
@@ -292,6 +343,8 @@ def test_a_visit_in_a_browser(both: tuple[Server, SlowLanguage], browser: Any) -
     suggestion.wait_for()
     first = suggestion.input_value()
     assert "balloon" in first and prompt.input_value() == "a balloon"
+    live = "document.querySelector('#suggestion-live [role=status]').textContent"
+    page.wait_for_function(f"{live}.startsWith('Added: ')")
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390, "nothing stands out at the side of a phone"
     button.click()
@@ -306,7 +359,8 @@ def test_a_visit_in_a_browser(both: tuple[Server, SlowLanguage], browser: Any) -
     # A language model takes its time; everything else goes on, and Escape drops the question.
     page.get_by_label("Language model").check()
     button.click()
-    page.get_by_text("is writing").wait_for()
+    page.locator("#suggestion-notes").get_by_text("is writing").wait_for()
+    page.wait_for_function(f"{live}.includes('is writing')")
     assert button.is_disabled() and generate.is_enabled()
     generate.click()
     page.wait_for_selector(".sf-done", timeout=20_000)

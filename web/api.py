@@ -50,7 +50,10 @@ def add_endpoints(page: Page) -> None:
 
     endpoint("generate", endpoints.generate, page.ui.inputs, [video, recipe, progress], **model)
     endpoint("stop", endpoints.stop, [], [answer], **aside)
-    endpoint("enhance", endpoints.enhance, [page.ui.prompt, variant, by], [text, notes], **aside)
+    # Clients go through the queue anyway, where one question would otherwise wait for the other.
+    endpoint(
+        "enhance", endpoints.enhance, [page.ui.prompt, variant, by], [text, notes], **aside, concurrency_limit=None
+    )
     endpoint("options", endpoints.options, [], [answer], **aside)
     endpoint(
         "video_generation_handler_streaming",
@@ -111,7 +114,13 @@ class Endpoints:
         """
         return {"stopped": self._page.generator.sessions.stop(session_of(request))}
 
-    def enhance(self, prompt: str, variant: float = 0, by: str = "") -> tuple[str, list[str]]:
+    def enhance(
+        self,
+        prompt: str,
+        variant: float = 0,
+        by: str = "",
+        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
+    ) -> tuple[str, list[str]]:
         """Suggest a longer prompt, which no video is made of until it is sent to generate. Does not wait for videos.
 
         Args:
@@ -123,7 +132,9 @@ class Endpoints:
             The longer prompt, and sentences about it: what was added or left out.
         """
         try:
-            suggestion = self._page.help.suggest(self._page.generator.pipeline, prompt, variant, by)
+            suggestion = self._page.help.suggest(
+                self._page.generator.pipeline, prompt, variant, by, session_of(request)
+            )
         except SelfForcingError as error:
             raise refusal(error) from error
         return suggestion.text, list(suggestion.notes)

@@ -21,6 +21,8 @@ from web.adapter import AdaptedPipeline
 TEMPLATES, LANGUAGE = "templates", "language"
 TITLES = {TEMPLATES: "Templates", LANGUAGE: "Language model"}
 _SHOWN_WORDS = 12
+_LIVE = '<p class="sf-sr" role="status" aria-live="polite"></p>'
+"""Is there from the beginning and filled by a script: a region that comes together with its text is often not read."""
 
 
 class PromptHelp:
@@ -43,7 +45,8 @@ class PromptHelp:
         """A suggestion, by the kind that is named, or else by the first.
 
         Args:
-            session: Whose question it is: the next one or `drop` ends it. None: nobody can.
+            session: Whose question it is: the language model answers one of each at a time, so the next one, or `drop`,
+                ends it. None: nobody can.
 
         Raises:
             InvalidRequest, OptionUnavailable: with a sentence for the visitor.
@@ -55,8 +58,8 @@ class PromptHelp:
         if not kinds or by and by not in kinds:
             missing = "no templates" if by == TEMPLATES else "no language model" if by else "nothing"
             raise OptionUnavailable(
-                f"There is {missing} here to make suggestions for the prompts of {model.name}. Its operator can pick a "
-                "language model with --enhancer."
+                f"There is {missing} here to make suggestions for the prompts of {model.name}. Write the "
+                "prompt yourself."
             )
         if (by or kinds[0]) == TEMPLATES:
             assert model.enhancer is not None
@@ -81,8 +84,9 @@ class PromptHelp:
         if session is None:
             yield dropped
             return
-        self.drop(session)
         with self._lock:
+            if (older := self._asking.get(session)) is not None:
+                older.set()
             self._asking[session] = dropped
         try:
             yield dropped
@@ -110,6 +114,7 @@ class SuggestionBox:
             with gr.Row(elem_id="suggestion-buttons"):
                 self.use = gr.Button("Use this", size="sm", elem_id="suggestion-use", min_width=0)
                 self.dismiss = gr.Button("Dismiss", size="sm", elem_id="suggestion-dismiss", min_width=0)
+        gr.HTML(_LIVE, elem_id="suggestion-live", padding=False)
         # Which prompt was asked about last, and how often. Not a `gr.State`: it travels with the event.
         self.asked = gr.Button("", visible="hidden", elem_id="enhance-asked")
 
@@ -145,4 +150,4 @@ class SuggestionBox:
 
 def _notes(sentences: Any) -> str:
     lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f'<ul role="status">{lines}</ul>' if lines else ""
+    return f"<ul>{lines}</ul>" if lines else ""

@@ -28,8 +28,18 @@ def wire_suggestions(page: Page) -> None:
     box.use.click(events.take, [box.text], [prompt, *box.shown], **aside).success(
         None, None, None, js=_focus("#prompt textarea"), **quiet
     )
+    box.notes.change(None, [box.notes], None, js=_ANNOUNCE, **quiet)
     box.dismiss.click(events.dismiss, None, box.shown, **quiet).then(None, None, None, js=_focus("#enhance"), **quiet)
     page.blocks.unload(events.leave)
+
+
+_ANNOUNCE = """html => {
+  const told = new DOMParser().parseFromString(html ?? "", "text/html").querySelectorAll("li");
+  const region = document.querySelector("#suggestion-live [role=status]");
+  if (region) region.textContent = [...told].map(line => line.textContent).join(" ");
+  return [];
+}"""
+"""Tells a screen reader the notes. They are parsed, not shown: nothing in them runs."""
 
 
 class _SuggestionEvents:
