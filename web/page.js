@@ -29,14 +29,14 @@
     }
   });
 
-  // A double click is one click: the button only turns into Stop when the server has answered.
+  // A double click is one click: a button only turns into its Stop when the server has answered.
   const REST_MS = 800;
   let pressed = -REST_MS;
 
   document.addEventListener(
     "click",
     (event) => {
-      if (event.target.closest("#generate") === null) return;
+      if (event.target.closest("#generate, #compare-make") === null) return;
       if (performance.now() - pressed < REST_MS) event.stopImmediatePropagation();
       else {
         pressed = performance.now();

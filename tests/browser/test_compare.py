@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,27 @@ def test_escape_stops_both_and_nothing_is_shown(open_page, site) -> None:
     page.wait_for_selector("#generate:visible")
     assert not page.is_visible("#compared") and not page.is_visible("#compare-both")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@retried
+def test_after_stop_both_comes_when_asked_for_again(open_page, site) -> None:
+    site.pipeline.step_seconds = 0.05
+    page = open_page()
+    make_both(page)
+    wait_until(page, lambda: len(site.pipeline.requests) == 2)
+    held = threading.Event()  # so that the stopped run has not ended when the next one is asked for
+    site.pipeline.on_step = lambda block, step: held.wait(20)
+    page.locator("#compare-stop").click()
+    page.wait_for_selector("#compare-make:visible")
+    page.wait_for_timeout(900)  # a second click at once would be a double click
+    page.locator("#compare-make").dblclick()
+    page.wait_for_selector("#compare-stop:visible")
+    held.set()
+    site.pipeline.on_step, site.pipeline.step_seconds = None, 0.0
+    page.wait_for_selector("#compared:visible")
+    page.wait_for_selector("#compare-make:visible")
+    assert "PSNR" in page.inner_text("#compare-status")
+    assert len(site.pipeline.requests) == 2 + 4, "a double click is one click"
 
 
 @retried
