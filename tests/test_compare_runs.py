@@ -197,6 +197,26 @@ def test_a_comparison_can_be_stopped_at_any_of_its_runs() -> None:
         assert not compare(worker, REQUEST, ON, OFF)["psnr"], "the worker goes on"
 
 
+def test_no_file_stays_open_however_a_comparison_ends() -> None:
+    def stop(run) -> None:
+        run.stop()
+
+    pair = Pair.of(REQUEST, ON, OFF)
+    pipeline = ScriptedPipeline()
+    with ModelWorker(pipeline) as worker:
+        compare(worker, REQUEST, ON, OFF)
+        before = len(os.listdir("/dev/fd"))
+        with Comparison(worker, pair):
+            assert len(os.listdir("/dev/fd")) == before + 2, "the frames of each side"
+        assert len(os.listdir("/dev/fd")) == before
+        with pytest.raises(Cancelled), Comparison(worker, pair, on_run=stop) as comparison:
+            list(comparison.make())
+        pipeline.faults = {(0, 0): SelfForcingError("It failed.")}
+        with pytest.raises(SelfForcingError, match="It failed"):
+            compare(worker, REQUEST, ON, OFF)
+        assert len(os.listdir("/dev/fd")) == before
+
+
 def test_a_failure_of_one_side_is_told() -> None:
     pipeline = SwitchedPipeline()
 
@@ -426,13 +446,11 @@ def test_the_first_word_leads_to_it_without_torch(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_however_often_it_comes(tmp_path: Path, model: Path) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     arguments = ["a ball", "--a", "taehv=on", "--b", "taehv=off", "--seconds", "60", "--model", str(model)]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(step_seconds=1), *arguments],
         cwd=tmp_path,
-        env={**environment(), "TMPDIR": str(temporary)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -447,7 +465,7 @@ def test_ctrl_c_leaves_nothing_however_often_it_comes(tmp_path: Path, model: Pat
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in said + err
-    assert os.listdir(tmp_path) == ["tmp"] and os.listdir(temporary) == []
+    assert os.listdir(tmp_path) == []
 
 
 def environment() -> dict[str, str]:

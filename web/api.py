@@ -106,6 +106,8 @@ class Endpoints:
     def stop(self, request: gr.Request) -> dict[str, Any]:
         """Stop this session's runs at the next denoising step. What is finished so far becomes the video.
 
+        Of a comparison nothing is kept.
+
         Returns:
             {"stopped": "running"}, or "waiting" for one that had not begun, or "none".
         """

@@ -24,12 +24,14 @@ _VIEWER = """
     <video id="compared-b" muted playsinline preload="auto" aria-label="Video B"></video>
     <video id="compared-a" muted playsinline preload="auto" aria-label="Video A"></video>
     <b aria-hidden="true">A</b><b aria-hidden="true">B</b>
-    <input type="range" id="compared-wipe" min="0" max="100" value="50" aria-label="Line between A and B">
+    <input type="range" id="compared-wipe" min="0" max="100" value="50" aria-label="Line between A and B"
+      aria-valuetext="A 50 %, B 50 %">
     <i aria-hidden="true"></i>
   </div>
   <div class="sf-player">
-    <button type="button" id="compared-play">Pause</button>
-    <input type="range" id="compared-time" min="0" max="1000" value="0" aria-label="Place in both videos">
+    <button type="button" id="compared-play">Play</button>
+    <input type="range" id="compared-time" min="0" max="1000" value="0" aria-label="Place in both videos"
+      aria-valuetext="0.0 seconds">
   </div>
 </div>
 """

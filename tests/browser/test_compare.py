@@ -69,9 +69,18 @@ def test_two_videos_play_as_one_and_the_line_between_them_moves(open_page, site,
     page.get_by_label("Place in both videos").fill("500")
     wait_until(page, lambda: times(page)[0] == times(page)[1] == pytest.approx(FRAMES / 16 / 2, abs=0.02))
     assert page.inner_text("#compared-play") == "Play"
+    told = page.get_by_label("Place in both videos")
+    assert told.get_attribute("aria-valuetext") == "1.0 of 2.1 seconds"
+    page.locator("#compared-play").click()
+    wait_until(page, lambda: page.inner_text("#compared-play") == "Pause")
+    page.locator("#compare > button").click()
+    wait_until(page, lambda: page.evaluate("document.getElementById('compared-a').paused"))
+    page.locator("#compare > button").click()
+    assert page.inner_text("#compared-play") == "Play", "nobody watches a closed panel"
 
     line = page.get_by_label("Line between A and B")
     shape = "getComputedStyle(document.getElementById('compared-a')).clipPath"
+    assert line.get_attribute("aria-valuetext") == "A 50 %, B 50 %"
     line.focus()
     before = page.evaluate(shape)
     for _ in range(10):
