@@ -135,8 +135,7 @@ def generate(
 ) -> dict[str, Any]:
     """Make the video and write it. Returns what `--json` prints."""
     check_available(request, pipeline.unavailable_options())
-    if missing := [name for name in getattr(pipeline, "preset", {}) if not getattr(request, name)]:
-        say(f"There may be too little memory for this without {' and '.join(f'--{name}' for name in missing)}.")
+    say_missing_preset(pipeline, request)
     say_unknown_words(pipeline, request)
     began = time.perf_counter()
     encoder: SegmentEncoder | None = None
@@ -152,6 +151,13 @@ def generate(
         raise SelfForcingError("The model made no video.")
     encoder.write_mp4(output, build_recipe(block.run, encoder.num_frames))
     return _summary(block.run, encoder, output, first.elapsed, time.perf_counter() - began)
+
+
+def say_missing_preset(pipeline: StreamingPipeline, *requests: GenerationRequest, written: str = "--{}") -> None:
+    """Warn of options that should be on here for want of memory, but are off. `written`: as they are asked for."""
+    preset = getattr(pipeline, "preset", {})
+    if missing := [name for name in preset if not all(getattr(request, name) for request in requests)]:
+        say(f"There may be too little memory for this without {' and '.join(map(written.format, missing))}.")
 
 
 def say_unknown_words(pipeline: StreamingPipeline, request: GenerationRequest) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.blocks import FrameBlock, StreamingPipeline
 from pipeline.config import MAX_SEED, GenerationRequest, ModelSpec, check_available
 from pipeline.errors import Cancelled, InvalidRequest, SelfForcingError
-from pipeline.frame_file import FrameFile
+from pipeline.frame_file import FrameFile, free_bytes
 from pipeline.meter import RunMeter
 from pipeline.worker import ModelWorker, Run
 
@@ -35,6 +35,8 @@ MAX_FRAME_BYTES = 2_000_000_000
 PIECE_FRAMES = 16
 
 Switches = Mapping[str, bool]
+
+_STOPPED = "The comparison was stopped. It needs both videos, so nothing of it is kept."
 
 _MEANING = {
     "transformer": "Only the transformer differs; both sides are decoded in the same way.",
@@ -114,7 +116,7 @@ class Pair:
 
         Raises:
             OptionUnavailable: with the reason.
-            InvalidRequest: the videos are too long to be compared.
+            InvalidRequest: the videos are too long to be compared, or the disk is too full.
         """
         for request in (self.a, self.b):
             check_available(request, pipeline.unavailable_options())
@@ -122,11 +124,11 @@ class Pair:
             return
         num_frames = spec.frames_in(spec.blocks_for(self.a.seconds, self.a.fps or spec.fps))
         size = 2 * num_frames * spec.height * spec.width * 3
+        takes = f"Two videos of {num_frames} frames take {size / 1e9:.1f} GB while they are compared"
         if size > MAX_FRAME_BYTES:
-            raise InvalidRequest(
-                f"Two videos of {num_frames} frames take {size / 1e9:.1f} GB while they are compared; at most "
-                f"{MAX_FRAME_BYTES / 1e9:g} GB are allowed. Ask for fewer seconds."
-            )
+            raise InvalidRequest(f"{takes}; at most {MAX_FRAME_BYTES / 1e9:g} GB are allowed. Ask for fewer seconds.")
+        if size > (free := free_bytes()):
+            raise InvalidRequest(f"{takes}, but only {free / 1e9:.1f} GB of the disk are free. Ask for fewer seconds.")
 
 
 class Side:
@@ -136,7 +138,7 @@ class Side:
         self.name = name
         self.request = request
         self.label = label
-        self.frames = FrameFile()
+        self.frames = FrameFile(MAX_FRAME_BYTES // 2)  # `Pair.check` cannot foretell the length of every pipeline
         self.meter: RunMeter | None = None
         """None until the first block is there."""
         self.prepare_seconds = 0.0
@@ -157,7 +159,7 @@ class Side:
             "applied": dict(self.meter.run.applied),
             "prepare_seconds": round(self.prepare_seconds, 4),
             "time_to_first_frame": round(self.meter.time_to_first_frame, 4),
-            "generation_fps": round(self.meter.generation_fps, 2),
+            "generation_fps": round(self.meter.model_fps, 2),
         }
 
 
@@ -175,6 +177,7 @@ class Comparison:
         pair: What to make. `Pair.check` has been asked.
         max_seconds: Longest time a side may have the model; None: no limit.
         on_run: Is told of each run as it is submitted, so that it can be stopped.
+        stopped: Whether nobody wants the comparison any more. Asked between the pieces of what comes after the runs.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class Comparison:
         pair: Pair,
         max_seconds: float | None = None,
         on_run: Callable[[Run], None] = lambda run: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pair = pair
         self.a = Side("A", pair.a, pair.label(pair.a))
@@ -190,6 +194,7 @@ class Comparison:
         self._worker = worker
         self._max_seconds = max_seconds
         self._on_run = on_run
+        self._stopped = stopped
 
     def make(self) -> Iterator[Side]:
         """Make both videos. Yields the side at work: before and after its preparation, and after each of its blocks.
@@ -211,7 +216,11 @@ class Comparison:
         self._check_whole()
 
     def report(self) -> dict[str, Any]:
-        """What the comparison comes to. Valid JSON: the PSNR of equal frames, which is infinite, is null."""
+        """What the comparison comes to. Valid JSON: the PSNR of equal frames, which is infinite, is null.
+
+        Raises:
+            Cancelled: it was stopped.
+        """
         assert self.a.meter is not None and self.b.meter is not None
         errors = self._errors()
         frames = [psnr(error) for error in errors]
@@ -238,8 +247,19 @@ class Comparison:
         }
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The frames of A and of B, some at a time, each uint8 [T, H, W, 3]."""
-        yield from zip(self.a.frames.pieces(PIECE_FRAMES), self.b.frames.pieces(PIECE_FRAMES), strict=True)
+        """The frames of A and of B, some at a time, each uint8 [T, H, W, 3].
+
+        Raises:
+            Cancelled: it was stopped.
+        """
+        for pair in zip(self.a.frames.pieces(PIECE_FRAMES), self.b.frames.pieces(PIECE_FRAMES), strict=True):
+            self.check_wanted()
+            yield pair
+
+    def check_wanted(self) -> None:
+        """Raises `Cancelled` if it was stopped."""
+        if self._stopped():
+            raise Cancelled(_STOPPED)
 
     def close(self) -> None:
         self.a.frames.close()
@@ -256,7 +276,7 @@ class Comparison:
             self._on_run(run)
             yield from run
             if run.stopped:
-                raise Cancelled("The comparison was stopped. It needs both videos, so nothing of it is kept.")
+                raise Cancelled(_STOPPED)
 
     def _check_whole(self) -> None:
         a, b = self.a.meter, self.b.meter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.cli import (
     read_output,
     read_request,
     run_command,
+    say_missing_preset,
     say_unknown_words,
 )
 from pipeline.compare import SWITCHES, Comparison, Pair, read_switches
@@ -44,7 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             action="append",
             required=True,
             metavar="NAME=on|off",
-            help=f"switches of the {place} video, several with commas between them; {names}, off if not named",
+            help=f"switches of the {place} video, several with commas between them; {names}; "
+            "not named: off, but for those that the device needs on",
         )
     add_output_arguments(parser)
     parser.set_defaults(**dict.fromkeys(SWITCHES, False))
@@ -54,9 +57,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_comparison(options: argparse.Namespace) -> Work:
     """Check what is asked for; the work is to make both videos."""
     a, b = read_switches("a", options.a), read_switches("b", options.b)
-    pair = Pair.of(read_request(options), a, b)
-    output = read_output(options, pair.a)
-    return lambda worker, pipeline: make_both(worker, pipeline, pair, output)
+    request = read_request(options)
+    Pair.of(request, a, b)  # what is wrong with it is said before the model is loaded
+    output = read_output(options, request)
+
+    def work(worker: ModelWorker, pipeline: StreamingPipeline) -> dict[str, Any]:
+        needed = replace(request, **getattr(pipeline, "preset", {}))
+        return make_both(worker, pipeline, Pair.of(needed, a, b), output)
+
+    return work
 
 
 def make_both(worker: ModelWorker, pipeline: StreamingPipeline, pair: Pair, output: Path) -> dict[str, Any]:
@@ -64,6 +73,7 @@ def make_both(worker: ModelWorker, pipeline: StreamingPipeline, pair: Pair, outp
     from pipeline.side_by_side import write_side_by_side  # here: a bad request does not wait for Pillow
 
     pair.check(pipeline)
+    say_missing_preset(pipeline, pair.a, pair.b, written="{}=on")
     say_unknown_words(pipeline, pair.a)
     with Comparison(worker, pair) as comparison:
         with progress_bar() as bar:

@@ -19,6 +19,8 @@ class RunMeter:
     notes: list[str] = field(default_factory=list)
     _first_frames: int = 0
     _last_elapsed: float = 0.0
+    _worked: float = 0.0
+    """Seconds that the model took for the blocks after the first; 0 if they do not say."""
 
     def count(self, block: FrameBlock) -> None:
         self.run = block.run
@@ -28,6 +30,8 @@ class RunMeter:
         if self.blocks == 1:
             self.time_to_first_frame = block.elapsed
             self._first_frames = self.frames
+        else:
+            self._worked += block.denoise_seconds + block.decode_seconds
 
     @property
     def generation_fps(self) -> float:
@@ -35,6 +39,12 @@ class RunMeter:
         if self.frames > self._first_frames and self._last_elapsed > self.time_to_first_frame:
             return (self.frames - self._first_frames) / (self._last_elapsed - self.time_to_first_frame)
         return self.frames / self._last_elapsed if self._last_elapsed > 0 else 0.0
+
+    @property
+    def model_fps(self) -> float:
+        """As `generation_fps`, but without the time in which the model waited for whoever takes its frames."""
+        made = self.frames - self._first_frames
+        return made / self._worked if made and self._worked > 0 else self.generation_fps
 
     @property
     def share(self) -> float | None:

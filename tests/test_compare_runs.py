@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
-from pipeline.compare import Comparison, Pair, compare, psnr, read_switches, squared_errors
+from pipeline.compare import Comparison, Pair, Side, compare, psnr, read_switches, squared_errors
 from pipeline.compare_cli import main
 from pipeline.config import GenerationRequest
 from pipeline.errors import Cancelled, InvalidRequest, OptionUnavailable, SelfForcingError, VideoError
@@ -131,6 +132,51 @@ def test_what_cannot_work_here_is_refused_before_anything_is_made() -> None:
     assert pipeline.requests == huge.requests == []
 
 
+def test_a_full_disk_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = ScriptedPipeline()
+    monkeypatch.setattr("pipeline.frame_file.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(InvalidRequest, match=r"only 0\.0 GB of the disk are free"):
+        compare(pipeline, REQUEST, ON, OFF)
+    assert pipeline.requests == []
+
+
+def test_a_pipeline_that_tells_no_length_has_the_same_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame_bytes = SPEC.height * SPEC.width * 3
+    monkeypatch.setattr("pipeline.compare.MAX_FRAME_BYTES", 2 * 20 * frame_bytes)
+    pipeline = ScriptedPipeline()
+    with ModelWorker(pipeline) as worker, Comparison(worker, Pair.of(REQUEST, ON, OFF)) as comparison:
+        with pytest.raises(VideoError, match="fewer seconds"):
+            list(comparison.make())
+        assert len(comparison.a.frames) == 9, "21 frames are one too many"
+
+
+def test_speed_is_that_of_the_model_not_of_whoever_takes_the_frames() -> None:
+    (first, *_), request = ScriptedPipeline().stream(REQUEST), REQUEST
+    side = Side("A", request, "taehv on")
+    side.take(first)
+    for number in (1, 2):
+        side.take(replace(first, elapsed=first.elapsed + 10 * number, denoise_seconds=0.6, decode_seconds=0.3))
+    assert side.facts["generation_fps"] == 10
+    side.frames.close()
+    silent = Side("A", request, "taehv on")
+    for number in (1, 2):
+        silent.take(replace(first, elapsed=9.0 * number, denoise_seconds=0))
+    assert silent.facts["generation_fps"] == 1, "blocks that do not say it are timed from outside"
+    silent.frames.close()
+
+
+def test_stop_ends_the_report_too() -> None:
+    wanted = [False, False, True]
+    with (
+        ModelWorker(ScriptedPipeline()) as worker,
+        Comparison(worker, Pair.of(REQUEST, ON, OFF), stopped=lambda: wanted.pop(0)) as comparison,
+    ):
+        list(comparison.make())
+        comparison.report()
+        with pytest.raises(Cancelled, match="nothing of it is kept"):
+            comparison.report()
+
+
 def test_a_comparison_can_be_stopped_at_any_of_its_runs() -> None:
     pipeline = ScriptedPipeline()
     with ModelWorker(pipeline) as worker:
@@ -149,6 +195,26 @@ def test_a_comparison_can_be_stopped_at_any_of_its_runs() -> None:
                 list(comparison.make())
             assert len(runs) == number
         assert not compare(worker, REQUEST, ON, OFF)["psnr"], "the worker goes on"
+
+
+def test_no_file_stays_open_however_a_comparison_ends() -> None:
+    def stop(run) -> None:
+        run.stop()
+
+    pair = Pair.of(REQUEST, ON, OFF)
+    pipeline = ScriptedPipeline()
+    with ModelWorker(pipeline) as worker:
+        compare(worker, REQUEST, ON, OFF)
+        before = len(os.listdir("/dev/fd"))
+        with Comparison(worker, pair):
+            assert len(os.listdir("/dev/fd")) == before + 2, "the frames of each side"
+        assert len(os.listdir("/dev/fd")) == before
+        with pytest.raises(Cancelled), Comparison(worker, pair, on_run=stop) as comparison:
+            list(comparison.make())
+        pipeline.faults = {(0, 0): SelfForcingError("It failed.")}
+        with pytest.raises(SelfForcingError, match="It failed"):
+            compare(worker, REQUEST, ON, OFF)
+        assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_failure_of_one_side_is_told() -> None:
@@ -185,6 +251,23 @@ def test_frames_come_back_from_the_disk_as_they_were() -> None:
             assert np.array_equal(np.concatenate(pieces), frames) and len(pieces[0]) == min(length, 21)
         with pytest.raises(VideoError, match="size changed"):
             file.append(frames[:, :4])
+
+
+def test_frames_that_cannot_be_read_again_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FrameFile() as file:
+        file.append(np.zeros((2, 4, 4, 3), np.uint8))
+
+        class Broken:
+            def seek(self, *_) -> None:
+                raise OSError(5, "Input/output error")
+
+            def close(self) -> None:
+                pass
+
+        file._file.close()
+        monkeypatch.setattr(file, "_file", Broken())
+        with pytest.raises(VideoError, match="read again .Input/output error"):
+            list(file.pieces(1))
 
 
 # ---- side by side
@@ -334,6 +417,16 @@ def test_bad_input_is_refused_in_a_sentence(run, tmp_path: Path, arguments: list
     assert pipeline.requests == [] and os.listdir(tmp_path) == []
 
 
+def test_what_the_device_needs_on_is_on_unless_named(run) -> None:
+    pipeline = SwitchedPipeline()
+    pipeline.preset = {"fp8": True}
+    code, _, err = run("a ball", "--a", "taehv=on", "--b", "taehv=off", "--seconds", "1", pipeline=pipeline)
+    assert code == 0 and "too little memory" not in err
+    assert all(request.fp8 for request in pipeline.requests) and len(pipeline.requests) == 4
+    code, _, err = run("a ball", "--a", "fp8=on", "--b", "fp8=off", "--seconds", "1", pipeline=pipeline)
+    assert code == 0 and "There may be too little memory for this without fp8=on." in err
+
+
 def test_a_failing_model_leaves_the_old_file(run, tmp_path: Path) -> None:
     (tmp_path / "out.mp4").write_text("old")
     pipeline = SwitchedPipeline(faults={(1, 1): MemoryError()})
@@ -353,13 +446,11 @@ def test_the_first_word_leads_to_it_without_torch(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_however_often_it_comes(tmp_path: Path, model: Path) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     arguments = ["a ball", "--a", "taehv=on", "--b", "taehv=off", "--seconds", "60", "--model", str(model)]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(step_seconds=1), *arguments],
         cwd=tmp_path,
-        env={**environment(), "TMPDIR": str(temporary)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -374,7 +465,7 @@ def test_ctrl_c_leaves_nothing_however_often_it_comes(tmp_path: Path, model: Pat
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in said + err
-    assert os.listdir(tmp_path) == ["tmp"] and os.listdir(temporary) == []
+    assert os.listdir(tmp_path) == []
 
 
 def environment() -> dict[str, str]:
@@ -401,6 +492,7 @@ def folders(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
+SKIPPED = {"__type__": "update", "props": {"__type__": "update"}}
 ASKED = ("a red ball", 7, 16, 1, False, False, False)
 
 
@@ -445,7 +537,7 @@ def test_stop_ends_both_and_keeps_nothing(server: Server, folders: list[Path]) -
 
     def stop() -> None:
         wait_until(lambda: (1, 1) in server.pipeline.made)
-        server.call("stop_both", session=session)
+        server.call("_stop", session=session)
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -460,7 +552,7 @@ def test_stop_is_heard_while_the_files_are_written(server: Server, folders: list
     session = uuid.uuid4().hex
 
     def write(*_) -> Iterator[None]:
-        server.call("stop_both", session=session)
+        server.call("_stop", session=session)
         yield
 
     monkeypatch.setattr("web.comparing.write_side_by_side", write)
@@ -476,11 +568,33 @@ def test_a_visitor_who_waits_is_told_and_can_stop(server: Server) -> None:
     assert "Starting" in card
     with pytest.raises(Refused, match="being made"):
         server.run(*ASKED, name="_begin", session=session)
-    assert "Stopped" in server.call("stop_both", session=session)[0]
+    status, both, *_ = server.call("_stop", session=session)
+    assert "Stopped" in both and status == SKIPPED
     values = server.run(*ASKED, "taehv", ticket, name="make_both", session=session)
     assert "Stopped" in values[-1][0] and server.pipeline.requests == []
     server.call("end_both", ticket, session=session)
     assert not server.page.generator.sessions.busy(session)
+
+
+def test_a_click_after_stop_is_told_its_place_at_the_end_of_the_one_before(server: Server) -> None:
+    session = uuid.uuid4().hex
+    first, *_ = server.run(*ASKED, "taehv", name="begin_both", session=session)[-1]
+    server.call("_stop", session=session)
+    server.run(*ASKED, name="_begin", session=session)
+    server.run(*ASKED, "taehv", first, name="make_both", session=session)
+    status, both, timer, *buttons = server.call("end_both", first, session=session)
+    assert "Starting" in status and both == SKIPPED and timer["active"]
+    assert [button["visible"] for button in buttons] == [False, True] * 2, "the video is still to come"
+    status, both, timer = server.call("_place", session=session)
+    assert "Starting" in status and both == SKIPPED
+    server.call("_stop", session=session)
+
+
+def test_without_a_model_there_is_nothing_to_press(server: Server) -> None:
+    ui = server.page.ui
+    assert ui.without_model()[ui.compare.make] == {"interactive": False}
+    assert ui.fitted_to(server.page.model_or_none())[ui.compare.make] == {"interactive": True}
+    assert set(ui.without_model()) <= set(ui.fitted)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
@@ -503,3 +617,28 @@ def test_the_panel_offers_what_can_differ_and_hides_if_nothing_can(server: Serve
     assert panel.panel.visible and [name for _, name in panel.switch.choices] == ["taehv", "fp8"]
     fitted = panel.fitted_to(dict.fromkeys(("taehv", "fp8", "compile"), "No."))
     assert fitted[panel.panel] == {"visible": False}
+
+
+def test_the_panel_leaves_out_what_the_device_needs_on(server: Server) -> None:
+    panel = server.page.ui.compare
+    switch = panel.fitted_to({}, {"fp8": True})[panel.switch]
+    assert [name for _, name in switch["choices"]] == ["taehv", "compile"]
+    assert "FP8 quantization" in switch["info"] and "memory" in switch["info"]
+    assert panel.fitted_to({})[panel.switch]["info"] is None
+
+
+def test_a_program_gets_what_the_device_needs_on_and_no_file_more(
+    server: Server, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.pipeline, "preset", {"fp8": True}, raising=False)
+    server.run("a red ball", 7, 16, 1, "taehv=on", "taehv=off", name="compare")
+    assert all(request.fp8 for request in server.pipeline.requests)
+    (folder,) = folders
+    assert len(os.listdir(folder)) == 1
+
+
+def test_a_mishap_that_nobody_foresaw_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Comparison, "report", lambda self: 1 // 0)
+    with pytest.raises(Refused, match="went wrong") as refused:
+        server.run(*ASKED, "taehv", None, name="make_both")
+    assert "Failed" in refused.value.values[-1][0]

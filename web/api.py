@@ -109,6 +109,8 @@ class Endpoints:
     def stop(self, request: gr.Request) -> dict[str, Any]:
         """Stop this session's runs at the next denoising step. What is finished so far becomes the video.
 
+        Of a comparison nothing is kept.
+
         Returns:
             {"stopped": "running"}, or "waiting" for one that had not begun, or "none".
         """
@@ -225,7 +227,8 @@ class Endpoints:
             seed: -1 draws a random one, for both.
             fps: Playback rate, 1 to 60; null takes the model's own.
             seconds: Length of the videos, rounded to whole blocks.
-            a: Switches of A: taehv, fp8 and compile, as in "fp8=on,taehv=off". Those not named are off.
+            a: Switches of A: taehv, fp8 and compile, as in "fp8=on,taehv=off". Those not named are off, but for
+                those that this device needs on for want of memory.
             b: Switches of B.
 
         Returns:
@@ -235,10 +238,13 @@ class Endpoints:
         """
         page = self._page
         page.generator.wait_for_exchange()
-        checked = page.request(prompt, seed, fps, seconds, False, False, False)
+        model = page.model_or_none()
+        preset = {} if model is None else model.preset
+        options = [preset.get(name, False) for name in ("taehv", "fp8", "compile")]
+        checked = page.request(prompt, seed, fps, seconds, *options)
         try:
             pair = page.comparer.checked_pair(checked, read_switches("a", a), read_switches("b", b))
-            for update in page.comparer.run(pair, session_of(request)):
+            for update in page.comparer.run(pair, session_of(request), sides=False):
                 yield update.files and update.files.both, update.report, _comparison_progress(update)
         except SelfForcingError as error:
             raise refusal(error) from error

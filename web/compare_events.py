@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -25,11 +26,15 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     # In the queue, though it never waits there: the page shows no errors of events outside of it.
     aside = {**quiet, "queue": True, "concurrency_limit": None}
-    # Stop and Escape end a comparison like any other run.
+    # Stop, Stop both and Escape end a comparison like any other run: see the page.
     buttons = [panel.make, panel.stop, page.ui.generate, page.ui.stop]
     asked = [*page.ui.inputs, panel.switch]
     begun = panel.make.click(
-        events.begin_both, asked, [panel.ticket, panel.status, panel.timer, *panel.downloads, *buttons], **aside
+        events.begin_both,
+        asked,
+        [panel.ticket, panel.status, page.ui.place_timer, *panel.downloads, *buttons],
+        trigger_mode="multiple",
+        **aside,
     )
     begun.success(None, None, None, js=_HIDE, **quiet)
     comparing = begun.success(
@@ -38,13 +43,14 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
         [panel.status, *panel.downloads],
         concurrency_limit=1,
         concurrency_id=MODEL_QUEUE,
+        # Or a click after Stop both, while the stopped comparison comes to its end, would make nothing.
+        trigger_mode="multiple",
         show_progress="hidden",
         api_visibility="private",
     )
-    comparing.then(events.end_both, [panel.ticket], [panel.status, panel.timer, *buttons], **quiet)
+    waiting = [page.ui.status, panel.status, page.ui.place_timer]
+    comparing.then(events.end_both, [panel.ticket], [*waiting, *buttons], **quiet)
     comparing.then(None, [panel.a, panel.b], None, js=_SHOW, **quiet)
-    panel.stop.click(events.stop_both, None, [panel.status, *buttons], **quiet)
-    panel.timer.tick(events.place_of_both, None, [panel.status, panel.timer], **quiet)
 
 
 class _CompareEvents:
@@ -54,7 +60,8 @@ class _CompareEvents:
     def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch)
-        ticket, place = self._page.announce(session_of(request), lambda: self._page.comparer.expected_seconds(pair))
+        expected = partial(self._page.comparer.expected_seconds, pair)
+        ticket, place = self._page.announce(session_of(request), expected, "comparison")
         timer = gr.Timer(active=place.ahead > 0)
         return ticket.id, status.waiting(place), timer, *self._files(None), *_both(running=True)
 
@@ -72,20 +79,10 @@ class _CompareEvents:
     def end_both(self, ticket: str | None, request: gr.Request) -> Values:
         session = session_of(request)
         ended = self._page.generator.sessions.settle(session, ticket)
-        running = self._page.generator.sessions.busy(session)
-        # A run that never came (the queue was full) leaves nothing that it could be waiting for.
-        return "" if ended is None else gr.skip(), gr.Timer(active=False), *_both(running=running)
-
-    def stop_both(self, request: gr.Request) -> Values:
-        # One that goes on tells of its end itself.
-        waited = self._page.generator.sessions.stop(session_of(request)) == "waiting"
-        return status.stopped_early() if waited else gr.skip(), *_both(running=False)
-
-    def place_of_both(self, request: gr.Request) -> Values:
-        place = self._page.place_of(session_of(request))
-        if place is None:
-            return gr.skip(), gr.Timer(active=False)
-        return status.waiting(place), gr.skip()
+        video, both, timer = self._page.waiting(session)
+        if ended is None and both == gr.skip():
+            both = ""  # it never came (the queue was full), so there is nothing that it could be waiting for
+        return video, both, timer, *_both(running=self._page.generator.sessions.busy(session))
 
     def _pair(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch) -> Pair:
         checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -11,8 +11,6 @@ import gradio as gr
 from pipeline.compare import SWITCHES
 from web import status
 from web.comparing import ComparisonUpdate
-
-PLACE_POLL_SECONDS = 1.0
 
 _EXPLANATION = """
 <p class="sf-explained">Makes the video of the prompt and settings on this page twice, from the same noise: A with the
@@ -26,12 +24,14 @@ _VIEWER = """
     <video id="compared-b" muted playsinline preload="auto" aria-label="Video B"></video>
     <video id="compared-a" muted playsinline preload="auto" aria-label="Video A"></video>
     <b aria-hidden="true">A</b><b aria-hidden="true">B</b>
-    <input type="range" id="compared-wipe" min="0" max="100" value="50" aria-label="Line between A and B">
+    <input type="range" id="compared-wipe" min="0" max="100" value="50" aria-label="Line between A and B"
+      aria-valuetext="A 50 %, B 50 %">
     <i aria-hidden="true"></i>
   </div>
   <div class="sf-player">
-    <button type="button" id="compared-play">Pause</button>
-    <input type="range" id="compared-time" min="0" max="1000" value="0" aria-label="Place in both videos">
+    <button type="button" id="compared-play">Play</button>
+    <input type="range" id="compared-time" min="0" max="1000" value="0" aria-label="Place in both videos"
+      aria-valuetext="0.0 seconds">
   </div>
 </div>
 """
@@ -49,9 +49,9 @@ class ComparePanel:
         self._labels = labels
         with gr.Accordion("Compare", open=False, elem_id="compare", visible=False) as self.panel:
             gr.HTML(_EXPLANATION, elem_id="compare-explanation", padding=False)
-            self.switch = gr.Radio(self._choices({}), label="Switch", elem_id="compare-switch")
+            self.switch = gr.Radio(self._choices(()), label="Switch", elem_id="compare-switch")
             with gr.Row(elem_id="compare-buttons"):
-                self.make = gr.Button("Make both", elem_id="compare-make")
+                self.make = gr.Button("Make both", elem_id="compare-make", interactive=False)
                 self.stop = gr.Button("Stop both", variant="stop", elem_id="compare-stop", visible=False)
             gr.HTML(_VIEWER, elem_id="compare-view", padding=False)
             self.status = gr.HTML("", elem_id="compare-status", padding=False)
@@ -61,7 +61,6 @@ class ComparePanel:
                 self.b = gr.DownloadButton("Download B", size="sm", elem_id="compare-b")
         # As the page's own ticket, which see.
         self.ticket = gr.Button("", visible="hidden", elem_id="compare-ticket")
-        self.timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
 
     @property
     def downloads(self) -> list[Any]:
@@ -70,18 +69,30 @@ class ComparePanel:
     @property
     def fitted(self) -> list[Any]:
         """The components that depend on the model."""
-        return [self.panel, self.switch]
+        return [self.panel, self.switch, self.make]
 
-    def fitted_to(self, unavailable: Mapping[str, str]) -> dict[Any, dict[str, Any]]:
-        """Component -> its settings for a model in which the options of `unavailable` cannot work."""
-        choices = self._choices(unavailable)
+    def without_model(self) -> dict[Any, dict[str, Any]]:
+        """Component -> its settings while there is no model."""
+        return {self.make: {"interactive": False}}
+
+    def fitted_to(self, unavailable: Mapping[str, str], preset: Collection[str] = ()) -> dict[Any, dict[str, Any]]:
+        """Component -> its settings for a model.
+
+        Args:
+            unavailable: Switches that cannot work, and why.
+            preset: Switches that have to be on for want of memory: one side without them would fail.
+        """
+        choices = self._choices({*unavailable, *preset})
+        kept = [self._labels[name] for name in SWITCHES if name in preset and name not in unavailable]
+        info = f"Not {' or '.join(kept)}: without it this device may lack the memory." if kept else None
         return {
             self.panel: {"visible": bool(choices)},
-            self.switch: {"choices": choices, "value": choices[0][1] if choices else None},
+            self.switch: {"choices": choices, "info": info, "value": choices[0][1] if choices else None},
+            self.make: {"interactive": True},
         }
 
-    def _choices(self, unavailable: Mapping[str, str]) -> list[tuple[str, str]]:
-        return [(self._labels[name], name) for name in SWITCHES if name not in unavailable]
+    def _choices(self, left_out: Collection[str]) -> list[tuple[str, str]]:
+        return [(self._labels[name], name) for name in SWITCHES if name not in left_out]
 
 
 def card(update: ComparisonUpdate) -> str:
@@ -99,7 +110,7 @@ def card(update: ComparisonUpdate) -> str:
     meter = update.meter
     assert meter is not None
     of_frames = f" of {meter.run.num_frames}" if meter.run.num_frames else ""
-    line = f"{meter.frames}{of_frames} frames · {meter.generation_fps:.1f} FPS"
+    line = f"{meter.frames}{of_frames} frames · {meter.model_fps:.1f} FPS"
     share = None if meter.share is None else (meter.share + (update.side == "B")) / 2
     return status.card("busy", f"Making {update.side}", line, share=share)
 

@@ -150,7 +150,11 @@ class Layout:
 
     def without_model(self) -> dict[Any, dict[str, Any]]:
         """Component -> its settings while there is no model."""
-        return {self.generate: {"interactive": False}, **self.suggestion.fitted_to([])}
+        return {
+            self.generate: {"interactive": False},
+            **self.suggestion.fitted_to([]),
+            **self.compare.without_model(),
+        }
 
     def fitted_to(self, model: AdaptedPipeline) -> dict[Any, dict[str, Any]]:
         """Component -> its settings for this model, whatever model it was fitted to before."""
@@ -177,7 +181,7 @@ class Layout:
                 fitted[option] |= {"value": True, "info": f"{OPTIONS[name][1]} {PRESET}"}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
-        return fitted | self.compare.fitted_to(unavailable)
+        return fitted | self.compare.fitted_to(unavailable, model.preset)
 
 
 def _examples() -> list[str]:

@@ -29,14 +29,14 @@
     }
   });
 
-  // A double click is one click: the button only turns into Stop when the server has answered.
+  // A double click is one click: a button only turns into its Stop when the server has answered.
   const REST_MS = 800;
   let pressed = -REST_MS;
 
   document.addEventListener(
     "click",
     (event) => {
-      if (event.target.closest("#generate") === null) return;
+      if (event.target.closest("#generate, #compare-make") === null) return;
       if (performance.now() - pressed < REST_MS) event.stopImmediatePropagation();
       else {
         pressed = performance.now();
@@ -161,17 +161,30 @@
   const bothSides = () => ["compared-a", "compared-b"].map(byId);
 
   const playBoth = () => {
-    byId("compared-play").textContent = "Pause";
     for (const side of bothSides()) side.play().catch(() => {}); // interrupted by the next click
     requestAnimationFrame(keepTogether);
   };
 
   const pauseBoth = () => {
-    byId("compared-play").textContent = "Play";
     const [a, b] = bothSides();
     a.pause();
     b.pause();
     b.currentTime = a.currentTime;
+  };
+
+  // The button says what it does now, whoever paused the videos: a browser does so, too. Media events do not bubble.
+  for (const [event, word] of [["play", "Pause"], ["pause", "Play"]]) {
+    const name = ({ target }) => target.id === "compared-a" && !target.ended && (byId("compared-play").textContent = word);
+    document.addEventListener(event, name, true);
+  }
+
+  // What screen readers say of the place: not at every picture, or they would speak without end.
+  let told = 0;
+  const tellPlace = () => {
+    const { currentTime, duration } = byId("compared-a");
+    if (!duration || performance.now() - told < 1000) return;
+    told = performance.now();
+    byId("compared-time").setAttribute("aria-valuetext", `${currentTime.toFixed(1)} of ${duration.toFixed(1)} seconds`);
   };
 
   const seekBoth = (time) => bothSides().forEach((side) => (side.currentTime = time));
@@ -179,6 +192,10 @@
   const keepTogether = () => {
     const [a, b] = bothSides();
     if (!a || !b || (a.paused && !a.ended)) return;
+    if (a.offsetParent === null) {
+      pauseBoth(); // the panel was closed
+      return;
+    }
     if (a.ended) {
       seekBoth(0);
       playBoth();
@@ -188,6 +205,7 @@
     if (Math.abs(drift) > JUMP_SECONDS) b.currentTime = a.currentTime;
     b.playbackRate = Math.abs(drift) > JUMP_SECONDS ? 1 : 1 - 2 * drift;
     byId("compared-time").value = (1000 * a.currentTime) / a.duration || 0;
+    tellPlace();
     requestAnimationFrame(keepTogether);
   };
 
@@ -219,6 +237,8 @@
     } else if (target.id === "compared-time") {
       pauseBoth();
       seekBoth((target.value / 1000) * byId("compared-a").duration || 0);
+      told = 0; // whoever moves it hears of it
+      tellPlace();
     }
   });
 

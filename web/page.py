@@ -31,7 +31,7 @@ from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
 from web.model_events import wire_models
 from web.models import ModelChoices, ModelMenu
-from web.sessions import Expected, Place, Ticket, sessions_ahead
+from web.sessions import Expected, Kind, Place, Ticket, sessions_ahead
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
 
@@ -169,12 +169,14 @@ class Page:
             show_progress="hidden",
             api_visibility="private",
         )
-        generating.then(self._end, [ui.ticket], [ui.download, ui.status, ui.place_timer, *buttons], **quiet)
+        waiting = [ui.status, ui.compare.status, ui.place_timer]
+        generating.then(self._end, [ui.ticket], [ui.download, *waiting, *buttons], **quiet)
         generating.then(None, [ui.video], [ui.video], js=_ASK_ONCE_MORE, **quiet)
         generating.then(None, [ui.download], None, js=_TELL_FILE, **quiet)
         ui.use_seed.click(None, None, [ui.seed], js=_SHOWN_SEED, **quiet)
-        ui.stop.click(self._stop, None, [ui.status, *buttons], **quiet)
-        ui.place_timer.tick(self._place, None, [ui.status, ui.place_timer], **quiet)
+        both = [ui.compare.make, ui.compare.stop]
+        gr.on([ui.stop.click, ui.compare.stop.click], self._stop, None, [*waiting, *buttons, *both], **quiet)
+        ui.place_timer.tick(self._place, None, waiting, **quiet)
         ui.prompt.change(self._notice, [ui.prompt], [ui.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
         gr.on(
             [ui.seed.change, ui.fps.change, ui.seconds.change],
@@ -210,21 +212,25 @@ class Page:
         download = gr.update(value=None, interactive=False)
         return ticket.id, status.waiting(place), download, timer, *run_buttons(running=True)
 
-    def announce(self, session: str, expected: Expected) -> tuple[Ticket, Place]:
+    def announce(self, session: str, expected: Expected, kind: Kind = "video") -> tuple[Ticket, Place]:
         """Note that a click's run is on its way. Returns its ticket and where it stands in the queue."""
         if self.generator.sessions.busy(session):
             raise refusal(InvalidRequest("A video of yours is being made. Stop it first, or wait for its end."))
-        ticket = self.generator.sessions.expect(session, expected)
+        ticket = self.generator.sessions.expect(session, expected, kind)
         return ticket, self.place_of(session) or Place(0, None)
 
     def place_of(self, session: str) -> Place | None:
         return self.generator.sessions.place(session, sessions_ahead(self.blocks, MODEL_QUEUE, session))
 
-    def _place(self, request: gr.Request) -> Values:
-        place = self.place_of(session_of(request))
+    def waiting(self, session: str) -> Values:
+        """What is said of the visitor's click that waits, if one does: status, the Compare panel's status, timer."""
+        kind, place = self.generator.sessions.awaited(session), self.place_of(session)
         if place is None:
-            return gr.skip(), gr.Timer(active=False)
-        return status.waiting(place), gr.skip()
+            return gr.skip(), gr.skip(), gr.Timer(active=False)
+        return *_at(kind, status.waiting(place)), gr.Timer(active=True)
+
+    def _place(self, request: gr.Request) -> Values:
+        return self.waiting(session_of(request))
 
     def _generate(
         self, prompt, seed, fps, seconds, taehv, fp8, compile, ticket, request: gr.Request
@@ -252,16 +258,17 @@ class Page:
         session = session_of(request)
         ended = self.generator.sessions.settle(session, ticket)
         # After Stop the next click may wait already, while the stopped run comes to its end.
-        place = self.place_of(session)
-        new_status = gr.skip() if place is None else status.waiting(place)
+        waiting = self.waiting(session)
         download = gr.update(interactive=ended is not None and ended.has_file)
-        running = self.generator.sessions.busy(session)
-        return download, new_status, gr.Timer(active=place is not None), *run_buttons(running=running)
+        return download, *waiting, *run_buttons(running=self.generator.sessions.busy(session))
 
     def _stop(self, request: gr.Request) -> Values:
         # A run that goes on tells of its end itself, and meanwhile the script says that it stops.
-        waited = self.generator.sessions.stop(session_of(request)) == "waiting"
-        return status.stopped_early() if waited else gr.skip(), *run_buttons(running=False)
+        session = session_of(request)
+        kind = self.generator.sessions.awaited(session)
+        waited = self.generator.sessions.stop(session) == "waiting"
+        cards = _at(kind if waited else None, status.stopped_early())
+        return *cards, gr.Timer(active=False), *run_buttons(running=False), *run_buttons(running=False)
 
     def _leave(self, request: gr.Request) -> None:
         session = session_of(request)
@@ -341,6 +348,11 @@ class Page:
                 await asyncio.to_thread(sweep_uploads, self.home)
             except Exception:  # noqa: BLE001 - or one mishap would be the last sweep
                 logger.exception("Old files could not be removed")
+
+
+def _at(kind: Kind | None, card: str) -> Values:
+    """A card at its place, for what it is about: (status, the Compare panel's status)."""
+    return tuple(card if kind == place else gr.skip() for place in ("video", "comparison"))
 
 
 # Typing asks the server once it pauses. An older question that was overtaken never gets its answer, which is fine.

@@ -15,6 +15,7 @@ import gradio as gr
 from pipeline.worker import Run
 
 Expected = Callable[[], float | None]
+Kind = Literal["video", "comparison"]
 
 MAX_EXPECTED = 1000
 """Clicks whose runs have not come yet. Far fewer fit into the queue; more are made up by a program."""
@@ -36,10 +37,12 @@ class Ticket:
     Args:
         expected: Tells how many seconds its run will take the model, as far as is known when it is asked.
         announced: Whether it is known before its run begins, as a page's click is.
+        kind: What it becomes.
     """
 
-    def __init__(self, expected: Expected = lambda: None, *, announced: bool = False) -> None:
+    def __init__(self, expected: Expected = lambda: None, *, announced: bool = False, kind: Kind = "video") -> None:
         self.id = secrets.token_hex(8)
+        self.kind = kind
         self.announced = announced
         self._expected = expected
         self._done_at: float | None = None
@@ -98,14 +101,20 @@ class Sessions:
         self._unheard: defaultdict[str, deque[Ticket]] = defaultdict(deque)
         """Announced runs that ended here, of which the visitor's page has not heard yet."""
 
-    def expect(self, session: str, expected: Expected = lambda: None) -> Ticket:
+    def expect(self, session: str, expected: Expected = lambda: None, kind: Kind = "video") -> Ticket:
         """Note that the visitor's next run is on its way."""
-        ticket = Ticket(expected, announced=True)
+        ticket = Ticket(expected, announced=True, kind=kind)
         with self._lock:
             self._waiting[ticket.id] = session, ticket
             while len(self._waiting) > MAX_EXPECTED:  # `begin` does without: an unknown click is a new one
                 del self._waiting[next(iter(self._waiting))]
         return ticket
+
+    def awaited(self, session: str) -> Kind | None:
+        """What the visitor waits for; None if none of their clicks waits."""
+        with self._lock:
+            waiting = [ticket for owner, ticket in self._waiting.values() if owner == session and ticket.wanted]
+        return waiting[0].kind if waiting else None
 
     def place(self, session: str, ahead: Sequence[str]) -> Place | None:
         """Where a visitor's click stands if it comes after the runs of these sessions; None if none of theirs waits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,18 @@ def test_two_videos_play_as_one_and_the_line_between_them_moves(open_page, site,
     page.get_by_label("Place in both videos").fill("500")
     wait_until(page, lambda: times(page)[0] == times(page)[1] == pytest.approx(FRAMES / 16 / 2, abs=0.02))
     assert page.inner_text("#compared-play") == "Play"
+    told = page.get_by_label("Place in both videos")
+    assert told.get_attribute("aria-valuetext") == "1.0 of 2.1 seconds"
+    page.locator("#compared-play").click()
+    wait_until(page, lambda: page.inner_text("#compared-play") == "Pause")
+    page.locator("#compare > button").click()
+    wait_until(page, lambda: page.evaluate("document.getElementById('compared-a').paused"))
+    page.locator("#compare > button").click()
+    assert page.inner_text("#compared-play") == "Play", "nobody watches a closed panel"
 
     line = page.get_by_label("Line between A and B")
     shape = "getComputedStyle(document.getElementById('compared-a')).clipPath"
+    assert line.get_attribute("aria-valuetext") == "A 50 %, B 50 %"
     line.focus()
     before = page.evaluate(shape)
     for _ in range(10):
@@ -102,6 +112,27 @@ def test_escape_stops_both_and_nothing_is_shown(open_page, site) -> None:
     page.wait_for_selector("#generate:visible")
     assert not page.is_visible("#compared") and not page.is_visible("#compare-both")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@retried
+def test_after_stop_both_comes_when_asked_for_again(open_page, site) -> None:
+    site.pipeline.step_seconds = 0.05
+    page = open_page()
+    make_both(page)
+    wait_until(page, lambda: len(site.pipeline.requests) == 2)
+    held = threading.Event()  # so that the stopped run has not ended when the next one is asked for
+    site.pipeline.on_step = lambda block, step: held.wait(20)
+    page.locator("#compare-stop").click()
+    page.wait_for_selector("#compare-make:visible")
+    page.wait_for_timeout(900)  # a second click at once would be a double click
+    page.locator("#compare-make").dblclick()
+    page.wait_for_selector("#compare-stop:visible")
+    held.set()
+    site.pipeline.on_step, site.pipeline.step_seconds = None, 0.0
+    page.wait_for_selector("#compared:visible")
+    page.wait_for_selector("#compare-make:visible")
+    assert "PSNR" in page.inner_text("#compare-status")
+    assert len(site.pipeline.requests) == 2 + 4, "a double click is one click"
 
 
 @retried
