@@ -253,7 +253,7 @@ def test_the_page_is_public_only_on_purpose(
     monkeypatch.setenv("SPACE_ID", "me/mine") if space else monkeypatch.delenv("SPACE_ID", raising=False)
     served = []
     monkeypatch.setattr(
-        app, "serve", lambda worker, options, auth, stop, models: served.append((options, auth, models))
+        app, "serve", lambda worker, options, auth, stop, models, *_: served.append((options, auth, models))
     )
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
