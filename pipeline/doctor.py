@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from pipeline.cli import (
     quiet_libraries,
     say,
 )
+from pipeline.disk import free_disk
 from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
 
 PACKAGES = ("torch", "diffusers", "transformers", "gradio", "huggingface_hub", "imageio-ffmpeg", "torchao", "triton")
@@ -118,7 +118,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
         free_memory=free,
         main_memory=psutil.virtual_memory().total,
         options=_options(device, "taehv" in builders),
-        free_disk=shutil.disk_usage(_existing(default_home())).free,
+        free_disk=free_disk(default_home()),
         model=spec.name,
         needs=asdict(needs),
         plan=plan_for(needs, spec, None if free is None else without_losses(free)).as_dict(),
@@ -164,11 +164,6 @@ def missing_packages(packages: dict[str, str | None]) -> str | None:
     """What must be installed before anything else can be looked at."""
     missing = [name for name, version in packages.items() if version is None and name not in OPTIONAL_PACKAGES]
     return f"Install {', '.join(missing)}: .venv/bin/pip install -r requirements.txt." if missing else None
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def advice(report: Report) -> list[str]:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import re
-import shutil
 import threading
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pipeline.config import MAX_PROMPT_CHARS, checked_prompt, checked_variant
+from pipeline.disk import free_disk
 from pipeline.enhance import Suggestion
 from pipeline.errors import (
     Cancelled,
@@ -359,7 +359,7 @@ class _Place:
         except Exception:  # the size is not known; the download says what is wrong, if anything is
             logger.info("The size of the language model is not known", exc_info=True)
             missing = 0
-        if missing and missing > (free := shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free):
+        if missing and missing > (free := free_disk(Path(constants.HF_HUB_CACHE))):
             raise DownloadError(
                 f"{shown} is {_gigabytes(missing)} to download, but only {_gigabytes(free)} are free on the disk. "
                 "Write the prompt yourself."
@@ -482,11 +482,6 @@ def _float32_bytes(folder: Path) -> int:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return total
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that there is."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _gigabytes(size: int) -> str:

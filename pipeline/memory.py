@@ -116,21 +116,23 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
         device: another one than `META` does all of it in earnest, which shows whether the rehearsal is right.
     """
     decoders: dict[str, Callable[[Any], StreamDecoder]] = {"vae": WanStreamDecoder, "taehv": TaehvStreamDecoder}
+
+    def part(name: str) -> nn.Module:
+        with device:
+            return builders[name]().to(dtype).eval()
+
     with torch.inference_mode():
-        transformer = _part(builders["transformer"], dtype, device)
-        shape = (1, spec.frames_per_block, *spec.latent_shape(transformer.model.config.in_channels))
-        text_encoder = _part(builders["text_encoder"], dtype, device)
+        transformer = part("transformer")
+        shape = (1, spec.frames_per_block, *spec.latent_shape(transformer.config.in_channels))
         return ModelNeeds(
-            transformer=_needs(transformer, lambda model: _denoise(model, spec, shape, dtype), device),
-            text_encoder=_needs(text_encoder, lambda model: _encode(model, spec.text_len), device),
+            kv_buffers=_kv_buffers(transformer, spec, shape, dtype),
+            transformer=_needs(transformer, lambda model: _denoise(model, spec, shape, dtype), dtype, device),
+            text_encoder=_needs(part("text_encoder"), lambda model: _encode(model, spec.text_len), dtype, device),
             decoders={
-                name: _needs(
-                    _part(builders[name], dtype, device), lambda model, make=make: _decode(make(model), shape), device
-                )
+                name: _needs(part(name), lambda model, make=make: _decode(make(model), shape), dtype, device)
                 for name, make in decoders.items()
                 if name in builders
             },
-            kv_buffers=_kv_buffers(transformer.model, spec, shape, dtype),
         )
 
 
@@ -196,37 +198,22 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
     return plan.placement
 
 
-@dataclass(frozen=True)
-class _Part:
-    model: nn.Module
-    weights: int
-    fp8_weights: int
-
-
-def _part(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> _Part:
-    """A part in the dtype on the device, its bytes, and its bytes with layers stored in 8 bits."""
-    with META:
-        small = build().to(dtype)
-    weights = _bytes(small)
-    store_in_8_bits(small, dtype)
-    with device:
-        model = build().to(dtype).eval()
-    return _Part(model, weights, _bytes(small))
-
-
 def _bytes(model: nn.Module) -> int:
     """Of parameters and buffers, those that are shared counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _needs(part: _Part, work: Callable[[Any], Iterator[None]], device: torch.device) -> PartNeeds:
-    """Let a part work, a generator that stops after each call, and count."""
+def _needs(
+    model: nn.Module, work: Callable[[Any], Iterator[None]], dtype: torch.dtype, device: torch.device
+) -> PartNeeds:
+    """Let a part work, a generator that stops after each call, and count; in the end it is stored in 8 bits."""
+    weights = _bytes(model)
     with LiveBytes(device) as counted:
-        calls = work(part.model)
-        for _ in calls:
+        for _ in work(model):
             kept = counted.live
         peak = counted.peak
-    return PartNeeds(part.weights, part.fp8_weights, kept, peak - kept)
+    store_in_8_bits(model, dtype)
+    return PartNeeds(weights, _bytes(model), kept, peak - kept)
 
 
 def _encode(model: UMT5EncoderModel, text_len: int) -> Iterator[None]:

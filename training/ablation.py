@@ -144,9 +144,10 @@ class Ablation:
         if options.clock is not None:
             kept["ode_minutes"] = self.ode_minutes()
             kept["steps"] = dict.fromkeys(options.methods, MANY_STEPS)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several parts may come here at once
-            partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-            partial.replace(path)
+            if not path.is_file():
+                partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several parts may come here at once
+                partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+                partial.replace(path)
             return kept
         costs = kept["costs"]
         if options.steps is None:
@@ -158,6 +159,10 @@ class Ablation:
         kept["steps"] = {name: self.steps(name, costs, kept["ode_minutes"]) for name in options.methods}
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         return kept
+
+    def clock_minutes(self, method: Method) -> float:
+        """Minutes by the clock that a run of a method gets."""
+        return self.options.clock - (self.ode_minutes() if method.from_ode else 0.0)
 
     def ode_minutes(self) -> float:
         """Minutes by the clock that the ODE start had.
@@ -216,8 +221,11 @@ class Ablation:
         changes.append(f"network={{init={json.dumps(str(options.ode if method.from_ode else options.start))}}}")
         changes += method.changes
         if options.clock is not None:
-            minutes = options.clock - (self.plan()["ode_minutes"] if method.from_ode else 0.0)
-            changes += [f"run.minutes={minutes}", 'run.schedule="minutes"', f"run.checkpoint_every={MANY_STEPS}"]
+            changes += [
+                f"run.minutes={self.clock_minutes(method)}",
+                'run.schedule="minutes"',
+                f"run.checkpoint_every={MANY_STEPS}",
+            ]
         if method.stage in ("dmd", "sid"):
             changes.append(value("score.teacher.init", options.teacher))
         if method.stage == "ode":
@@ -235,7 +243,7 @@ class Ablation:
             changes = self.changes(name, seed, steps, run)
             taken += launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
             if self.options.clock is not None:
-                taken = self.options.clock - (self.plan()["ode_minutes"] if METHODS[name].from_ode else 0.0)
+                taken = self.clock_minutes(METHODS[name])
             write_whole(spent, json.dumps(taken))
             write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(self.finished_steps(run)))
         return run, taken

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,30 +18,6 @@ from tests.browser.visitor import TooSlow, wait_until
 from tests.scripted import ScriptedPipeline
 
 RECORDER = Path(__file__).parent / "recorder.js"
-
-
-def no_browser(reason: str) -> None:
-    """Without a browser these tests are skipped on a developer's machine, and fail where they are the gate."""
-    message = f"no browser to test with: {reason}"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        no_browser("the package playwright is not installed (pip install playwright)")
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        except Error as error:
-            no_browser(f"{str(error).splitlines()[0]} (Debian: apt-get install chromium)")
-        yield browser
-        browser.close()
 
 
 class Site:
