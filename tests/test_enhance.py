@@ -497,7 +497,7 @@ def test_nothing_else_is_loaded_at_the_same_time(folder: Path, tmp_path: Path) -
 def test_a_model_larger_than_the_free_memory_is_not_loaded(folder: Path, monkeypatch) -> None:
     numbers = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4 * numbers - 1))
-    monkeypatch.setattr("pipeline.enhance_language._gigabytes", lambda size: f"{size} B")
+    monkeypatch.setattr("pipeline.enhance_source._gigabytes", lambda size: f"{size} B")
     language = LanguageEnhancer(str(folder))
     with pytest.raises(OutOfMemory, match=f"needs {4 * numbers} B of memory, but only {4 * numbers - 1} B are free"):
         language.enhance("a ball")
@@ -705,9 +705,9 @@ def test_the_command_ends_with_a_sentence(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_command(folder: Path, number: signal.Signals) -> None:
     program = (
-        "import sys, time\nfrom pipeline import __main__, enhance_language\n"
+        "import sys, time\nfrom pipeline import __main__, enhance_source\n"
         "def load(place):\n    print('loading', flush=True)\n    time.sleep(60)\n"
-        "enhance_language._Place.load = load\nsys.exit(__main__.main(['enhance', 'a ball', '--enhancer', sys.argv[1]]))"
+        "enhance_source.Place.load = load\nsys.exit(__main__.main(['enhance', 'a ball', '--enhancer', sys.argv[1]]))"
     )
     command = [sys.executable, "-c", program, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
