@@ -48,7 +48,7 @@ from training.world import FPS
 logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 21
-CALIBRATION_STEPS = (2, 10)
+CALIBRATION_STEPS = (2, 6)
 """A stage is run for so many steps twice; what the second takes longer is what its further steps cost."""
 FPS_SECONDS = 5.0
 MANY_STEPS = 10**7
@@ -58,6 +58,9 @@ BUDGET_TOLERANCE = 0.15
 
 # Whole windows only: the network has been through the shorter ones when it comes here.
 _WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "optimizer.average_decay=0.98")
+
+# The paper's own: rollouts as long as the clips. It also makes them those of the GAN, whose real clips are no longer.
+_SHORT_ROLLOUTS = ("rollout.long_share=0",)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ METHODS = {
     "teacher": Method("Teacher forcing", "causal", (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"), many_steps=16),
     "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, "forcing=diffusion"), many_steps=16),
     "ode": Method("ODE regression", "ode"),
-    "dmd": Method("Self-Forcing, DMD", "dmd", from_ode=True),
-    "sid": Method("Self-Forcing, SiD", "sid", from_ode=True),
+    "dmd": Method("Self-Forcing, DMD", "dmd", _SHORT_ROLLOUTS, from_ode=True),
+    "sid": Method("Self-Forcing, SiD", "sid", _SHORT_ROLLOUTS, from_ode=True),
     "gan": Method("Self-Forcing, GAN", "gan", from_ode=True),
 }
 

@@ -35,6 +35,7 @@ from training.decoder_scores import measure, pictures
 from training.network import save_atomically
 from training.optim import Muon, WeightAverage
 from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from training.precision import has_bfloat16
 from training.sheets import save_sheet
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class Trainer:
     def _decoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
         noise = self.config.latent_noise * torch.rand_like(batch.latents[:, :1, :1, :1, :1]) * self.deviation
         latents = batch.latents + noise * torch.randn_like(batch.latents)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16(self.device)):
             frames = self.linear(latents) if self.part == "linear" else self.codec.decode(latents)
         difference, weights = frames.float() - batch.frames, batch.pixel_weights
         absolute = (difference.abs() * weights).mean()
@@ -209,7 +210,7 @@ class Trainer:
         return loss, difference.detach().pow(2).mean().item()
 
     def _encoder_loss(self, batch: Batch) -> tuple[Tensor, float]:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16(self.device)):
             latents = self.codec.encode(batch.frames)
         weights = batch.latent_weights
         error = ((latents.float() - batch.latents).pow(2) * weights).mean() / weights.mean()

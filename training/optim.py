@@ -22,22 +22,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import NonFiniteOutput
 from training.parallel import gather_again, local, whole
+from training.precision import has_bfloat16
 from training.settings import OptimizerSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that drives all singular values towards one (K. Jordan's Muon)."""
 
 
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, unless the processor would emulate it: without AVX-512 that is a hundred times as slow as float32."""
-    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if emulated else torch.bfloat16
-
-
 def orthogonalise(gradients: Tensor, iterations: int = 5) -> Tensor:
     """Replace each matrix [N, rows, columns] by an approximation of its nearest orthogonal one."""
     a, b, c = NEWTON_SCHULZ
-    x = gradients.to(_product_dtype(gradients.device))
+    x = gradients.to(torch.bfloat16 if has_bfloat16(gradients.device) else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
