@@ -96,7 +96,7 @@ def _read_image(path: Path, spec: ModelSpec) -> Start:
         raise InvalidRequest("The picture is damaged or incomplete and cannot be read.") from error
     target = (spec.width, spec.height)
     left, top, width, height = crop = centre_crop(upright.size, target)
-    scaled = upright.resize(target, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    scaled = upright.crop((left, top, left + width, top + height)).resize(target, Image.Resampling.LANCZOS)
     return Start(
         kind="image",
         frames=np.array(scaled)[None],

@@ -17,7 +17,8 @@ from pipeline.video import ffmpeg_binary
 
 MAX_SECONDS = 60.0
 """Longest video."""
-_TIMEOUT_SECONDS = 60
+_HEAD_SECONDS, _DECODE_SECONDS = 20, 60
+"""Longest time for a look at the head of a file, and for all of it."""
 _THREADS = "2"
 """Decoding goes on beside the model, which needs the other cores."""
 
@@ -77,7 +78,7 @@ def read_last_frames(
     # What it says goes to nobody: `_size` has asked what is to be known.
     with _started([*source, *output]) as process:
         assert process.stdout is not None
-        timer = threading.Timer(_TIMEOUT_SECONDS, lambda: (overdue.set(), process.kill()))
+        timer = threading.Timer(_DECODE_SECONDS, lambda: (overdue.set(), process.kill()))
         timer.start()
         try:
             while len(frame := process.stdout.read(frame_bytes)) == frame_bytes:
@@ -93,7 +94,7 @@ def read_last_frames(
         finally:
             timer.cancel()
     if overdue.is_set():
-        raise InvalidRequest(f"The video could not be decoded within {_TIMEOUT_SECONDS} s. Make it shorter or smaller.")
+        raise InvalidRequest(f"The video could not be decoded within {_DECODE_SECONDS} s. Make it shorter or smaller.")
     if process.returncode or not kept:
         raise InvalidRequest("The video is damaged, incomplete or in a format that cannot be decoded here.")
     frames = np.frombuffer(b"".join(kept), np.uint8).reshape(-1, height, width, 3)
@@ -106,12 +107,12 @@ def _size(source: list[str]) -> Size:
         result = subprocess.run(
             [ffmpeg_binary(), "-hide_banner", "-nostdin", *source],
             capture_output=True,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=_HEAD_SECONDS,
             start_new_session=True,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise InvalidRequest(f"The video could not be read within {_TIMEOUT_SECONDS} s.") from error
+        raise InvalidRequest(f"The video could not be read within {_HEAD_SECONDS} s.") from error
     except OSError as error:
         raise VideoError(f"The video decoder could not be started ({error.strerror}).") from error
     said = result.stderr.decode(errors="replace")
