@@ -57,6 +57,8 @@ class SelfForcingPipeline:
             Exact; off, the two are separate forwards, as the authors have it.
     """
 
+    takes_start = True
+
     def __init__(
         self,
         spec: ModelSpec,
