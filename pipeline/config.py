@@ -145,6 +145,11 @@ class ModelSpec:
         latents = (num_frames - 1) // self.temporal_stride + 1
         return max(0, latents // self.frames_per_block)
 
+    @property
+    def most_start_blocks(self) -> int:
+        """Of a video that a clip goes on from: as many as attention can see at once. More would hardly be noticed."""
+        return self.window_frames // self.frames_per_block
+
     def length(self, seconds: float, fps: float, start: Start | None = None) -> tuple[int, int]:
         """What a clip comes to: blocks to make, and frames of video.
 

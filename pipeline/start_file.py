@@ -107,7 +107,7 @@ def _read_image(path: Path, spec: ModelSpec) -> Start:
 
 
 def _read_video(path: Path, spec: ModelSpec, demuxer: str) -> Start:
-    most = spec.frames_in(spec.window_frames // spec.frames_per_block)
+    most = spec.frames_in(spec.most_start_blocks)
     video = read_last_frames(path, demuxer, most, (spec.width, spec.height), spec.native_fps, check_size, MAX_PIXELS)
     count, fps = len(video.frames), spec.native_fps
     blocks = spec.blocks_in(count)
