@@ -30,6 +30,7 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {
     "/generate": ["prompt", "seed", "fps", "seconds", "taehv", "fp8", "compile"],
+    "/generate_from": ["prompt", "start", "seed", "fps", "seconds", "taehv", "fp8", "compile"],
     "/stop": [],
     "/enhance": ["prompt", "variant", "by"],
     "/options": [],
