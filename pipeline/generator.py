@@ -272,10 +272,10 @@ class SelfForcingPipeline:
         file gives the same latents.
         """
         checkpoint()
-        frames = to_device(torch.tensor(start.frames), self._vae.device).permute(0, 3, 1, 2)
+        frames = torch.tensor(start.frames).permute(0, 3, 1, 2)
         if start.kind == "image":
             frames = frames.expand(self.spec.frames_in(1), -1, -1, -1)
-        latents = encode_wan(self._vae, frames[None].to(self._vae.dtype).div(255))
+        latents = encode_wan(self._vae, frames[None].float().div(255))
         if not torch.isfinite(latents).all():
             raise NonFiniteOutput("The encoder produced invalid numbers from what the clip starts from.")
         return latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from pipeline import GenerationRequest, SelfForcingPipeline
 from pipeline.cli import EMBEDDED_MODEL
 from pipeline.control import RunControl
 from pipeline.decoder import TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.errors import Cancelled, InvalidRequest, NonFiniteOutput, VideoError
+from pipeline.memory import META, LiveBytes
 from pipeline.recipe import build_recipe, needed_start, request_from_recipe, settings_from_recipe
 from pipeline.start import Start
 from pipeline.start_file import read_start
@@ -296,3 +298,20 @@ def test_the_embedded_model_goes_on_from_a_picture_and_from_a_video(
 
 def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(-10 * torch.log10((ours - theirs).square().mean()))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_encoding_a_start_takes_less_memory_than_decoding(published: bool, embedded: SelfForcingPipeline) -> None:
+    # So a plan in which the Wan VAE decodes has room for it: nothing else of the run is there yet.
+    with META:
+        vae = AutoencoderKLWan() if published else AutoencoderKLWan.from_config(embedded._vae.config)
+    height, width, frames = (480, 832, 81) if published else (128, 224, 33)
+    scale = vae.config.scale_factor_spatial
+    shape = (1, 3, vae.config.z_dim, height // scale, width // scale)
+    with torch.inference_mode(), LiveBytes() as decoding:
+        decoder = WanStreamDecoder(vae)
+        for _ in range(2):
+            decoder.decode(torch.zeros(shape, device=META))
+    with torch.inference_mode(), LiveBytes() as encoding:
+        encode_wan(vae, torch.zeros(1, frames, 3, height, width))
+    assert 0 < encoding.peak < decoding.peak
