@@ -65,7 +65,8 @@ def read_last_frames(
     check_size(size)
     width, height = target
     filters = (
-        f"fps={fps:g},scale=iw*sar:ih,setsar=1,"
+        # Square pixels first. A shape that is told only later, past the check of the head, does not make them many.
+        f"fps={fps:g},scale=w=min(iw*sar\\,8*iw):h=ih,setsar=1,"
         f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos+accurate_rnd+full_chroma_int,"
         f"format=rgb24,crop={width}:{height}"
     )
