@@ -31,6 +31,11 @@ class RunInfo:
         """Length of the finished video."""
         return self.num_frames / self.fps
 
+    @property
+    def start_frames(self) -> int:
+        """How many frames at the beginning show what the clip starts from."""
+        return 0 if self.request.start is None else len(self.request.start.frames)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrameBlock:
@@ -71,6 +76,8 @@ class StreamingPipeline(Protocol):
     """What the model thread, the page and the command line need of a pipeline; tests pass a scripted one."""
 
     spec: ModelSpec
+    takes_start: bool
+    """Whether it goes on from a request's `start`. Where this is missing, no request with one may be made."""
 
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         """Yield the blocks of one clip, calling `pipeline.control.checkpoint()` at every denoising step."""

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
 from pipeline.config import FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.recipe import build_recipe
+from pipeline.start_cli import add_start_arguments, read_start_arguments
 from pipeline.video import SegmentEncoder
 from pipeline.worker import ModelWorker
 
@@ -171,6 +173,7 @@ def _summary(
     return {
         "output": str(output),
         "frames": encoder.num_frames,
+        **({"start_frames": run.start_frames} if run.start_frames else {}),
         "seconds": round(encoder.duration, 4),
         "fps": run.fps,
         "time_to_first_frame": round(time_to_first_frame, 4),
@@ -183,8 +186,9 @@ def _summary(
 
 def video_sentence(result: dict[str, Any]) -> str:
     """What `generate` made, for people."""
+    start = f" ({result['start_frames']} of them what it starts from)" if "start_frames" in result else ""
     return (
-        f"{result['output']}: {result['frames']} frames, {result['seconds']:.2f} s at {result['fps']:g} FPS, "
+        f"{result['output']}: {result['frames']} frames{start}, {result['seconds']:.2f} s at {result['fps']:g} FPS, "
         f"seed {result['seed']}, made in {result['elapsed']:.1f} s"
     )
 
@@ -242,6 +246,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )
     low, high = FPS_RANGE
     parser.add_argument("--fps", type=_number, help=f"frame rate, {low:g} to {high:g} (default: the model's own)")
+    add_start_arguments(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,10 +280,10 @@ def read_request(options: argparse.Namespace) -> GenerationRequest:
         fp8=options.fp8,
         compile=options.compile,
     )
-    if request.seed != -1:
-        return request
-    options.seed = secrets.randbelow(MAX_SEED + 1)
-    return read_request(options)
+    seed = secrets.randbelow(MAX_SEED + 1) if request.seed == -1 else request.seed
+    if options.image is not None or options.video is not None:
+        check_model_folder(options.model)
+    return replace(request, seed=seed, start=read_start_arguments(options))
 
 
 def read_output(options: argparse.Namespace, request: GenerationRequest) -> Path:

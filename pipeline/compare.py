@@ -122,7 +122,7 @@ class Pair:
             check_available(request, pipeline.unavailable_options())
         if not isinstance(spec := pipeline.spec, ModelSpec):
             return
-        num_frames = spec.frames_in(spec.blocks_for(self.a.seconds, self.a.fps or spec.fps))
+        _, num_frames = spec.length(self.a.seconds, self.a.fps or spec.fps, self.a.start)
         size = 2 * num_frames * spec.height * spec.width * 3
         takes = f"Two videos of {num_frames} frames take {size / 1e9:.1f} GB while they are compared"
         if size > MAX_FRAME_BYTES:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import ftfy
 
 from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
+from pipeline.start import Start
 
 MAX_PROMPT_CHARS = 2000
 _MAX_REPAIRED_CHARS = 4 * MAX_PROMPT_CHARS
@@ -139,6 +140,52 @@ class ModelSpec:
         latents = (seconds * fps - 1) / self.temporal_stride + 1
         return max(1, math.floor(latents / self.frames_per_block + 0.5))
 
+    def blocks_in(self, num_frames: int) -> int:
+        """How many whole blocks `num_frames` video frames make, from the first frame of a clip on; 0: too few."""
+        latents = (num_frames - 1) // self.temporal_stride + 1
+        return max(0, latents // self.frames_per_block)
+
+    @property
+    def most_start_blocks(self) -> int:
+        """Of a video that a clip goes on from: as many as attention can see at once. More would hardly be noticed."""
+        return self.window_frames // self.frames_per_block
+
+    def length(self, seconds: float, fps: float, start: Start | None = None) -> tuple[int, int]:
+        """What a clip comes to: blocks to make, and frames of video.
+
+        Args:
+            seconds: of what is made; rounded to whole blocks, at least one.
+            fps: playback rate.
+            start: what the clip starts from. Its frames come first in the video, and `seconds` does not count them.
+        """
+        if start is None:
+            blocks = self.blocks_for(seconds, fps)
+            return blocks, self.frames_in(blocks)
+        # After what it starts from, every latent frame stands for as many video frames.
+        block_frames = self.temporal_stride * self.frames_per_block
+        blocks = max(1, math.floor(seconds * fps / block_frames + 0.5))
+        return blocks, len(start.frames) + blocks * block_frames
+
+    def check_start(self, start: Start | None) -> None:
+        """Refuse frames to start from that this model does not take.
+
+        Raises:
+            InvalidRequest: they have another size, or make no whole blocks.
+        """
+        if start is None:
+            return
+        count, height, width = start.frames.shape[:3]
+        if (height, width) != (self.height, self.width):
+            raise InvalidRequest(
+                f"The frames to start from have {width}x{height} pixels, but this model makes {self.width}x"
+                f"{self.height}. Choose the file again."
+            )
+        if start.kind == "video" and self.frames_in(self.blocks_in(count) or 1) != count:
+            raise InvalidRequest(
+                f"A video of {count} frames cannot be continued: they must make whole blocks, such as "
+                f"{self.frames_in(1)}, {self.frames_in(2)} or {self.frames_in(3)} frames. Choose the file again."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
@@ -152,12 +199,14 @@ class GenerationRequest:
     seed: int = -1
     """-1 draws a random one; any other value reproduces the clip."""
     seconds: float = 5.0
-    """Length of the finished video; rounded to whole blocks."""
+    """Length of what is made; rounded to whole blocks. What the clip starts from comes on top."""
     fps: float | None = None
     """Playback rate; None takes the model's own. It decides how many frames there are, never what is in them."""
     taehv: bool = False
     fp8: bool = False
     compile: bool = False
+    start: Start | None = None
+    """A picture, or the end of a video, that the clip goes on from; see `start_file.read_start`."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the dataclass is frozen
@@ -169,6 +218,8 @@ class GenerationRequest:
         for name in ("taehv", "fp8", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} is {_shown(getattr(self, name))}, but must be true or false.")
+        if not isinstance(self.start, Start | None):
+            raise InvalidRequest(f"start is {_shown(self.start)}, but must be a picture or a video that was read.")
 
 
 def clean_prompt(text: str) -> str:

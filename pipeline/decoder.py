@@ -99,11 +99,13 @@ def encode_wan(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     """
     stride = vae.config.scale_factor_temporal
     _check_frames(frames, stride, vae.config.scale_factor_spatial)
-    pixels = frames.to(device=vae.device, dtype=vae.dtype).mul(2).sub(1).transpose(1, 2)
-    pixels = patchify(pixels, _patch_size(vae))
     cache: list[Tensor | None] = [None] * _count_causal(vae.encoder)
-    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(stride, dim=2)] if frames.shape[1] > 1 else [pixels]
-    hidden = torch.cat([vae.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups], 2)
+    parts: list[Tensor] = []
+    # Group by group also to the device and in its dtype: a clip of large frames is as large as all that encodes it.
+    for group in (frames[:, :1], *(frames[:, 1:].split(stride, dim=1) if frames.shape[1] > 1 else ())):
+        pixels = group.to(device=vae.device, dtype=vae.dtype).mul(2).sub(1).transpose(1, 2)
+        parts.append(vae.encoder(patchify(pixels, _patch_size(vae)), feat_cache=cache, feat_idx=[0]))
+    hidden = torch.cat(parts, 2)
     latents = vae.quant_conv(hidden)[:, : vae.config.z_dim].transpose(1, 2)
     mean, inverse_std = _statistics(vae, latents)
     return (latents - mean) * inverse_std

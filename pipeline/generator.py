@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
-from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
 from pipeline.folder import ModelFolder
@@ -26,6 +26,7 @@ from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_noise
+from pipeline.start import Start
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
@@ -56,6 +57,8 @@ class SelfForcingPipeline:
             Exact; off, the two are separate forwards, as the authors have it.
     """
 
+    takes_start = True
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -76,6 +79,7 @@ class SelfForcingPipeline:
         self.placement = placement
         self.weights_sha256 = weights_sha256
         self._transformer = transformer
+        self._vae = vae
         self._decoders: dict[bool, StreamDecoder] = {False: WanStreamDecoder(vae)}
         if taehv is not None:
             self._decoders[True] = TaehvStreamDecoder(taehv)
@@ -156,15 +160,16 @@ class SelfForcingPipeline:
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
         check_available(request, self.unavailable_options())
+        self.spec.check_start(request.start)
         fps = float(self.spec.fps if request.fps is None else request.fps)
-        num_blocks = self.spec.blocks_for(request.seconds, fps)
+        num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
         dtype = str(self._transformer.dtype).removeprefix("torch.")
         return RunInfo(
             request=request,
             seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
             fps=fps,
             num_blocks=num_blocks,
-            num_frames=self.spec.frames_in(num_blocks),
+            num_frames=num_frames,
             applied={
                 "device": self.device.type,
                 "precision": f"float8 weights, {dtype} arithmetic" if request.fp8 else dtype,
@@ -179,13 +184,13 @@ class SelfForcingPipeline:
 
     @torch.inference_mode()
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
-        """Yield the clip block by block.
+        """Yield the clip block by block. What it starts from comes with the first one, as the model's decoder shows it.
 
         A block is handed on before it is written into the cache, so nobody waits for that. Starting another stream
         ends this one.
 
         Raises:
-            OptionUnavailable: before anything is made.
+            OptionUnavailable, InvalidRequest: before anything is made.
             NonFiniteOutput: naming the block.
             Cancelled, DeadlineExceeded: from `control.checkpoint`, at any denoising step.
         """
@@ -199,7 +204,8 @@ class SelfForcingPipeline:
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
         decoder = self._decoders[request.taehv]
-        rollout = self._roll_out(model, text_kv, run)
+        given = () if request.start is None else self._encode(request.start, model)
+        rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
         for index in range(run.num_blocks):
             start = time.perf_counter()
@@ -212,7 +218,9 @@ class SelfForcingPipeline:
             if not torch.isfinite(latents).all():
                 raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
             denoised = time.perf_counter()
+            before = _shown(decoder, given, request.start) if index == 0 else []
             frames = to_uint8(decoder.decode(latents), index)
+            frames = np.concatenate([*before, frames]) if before else frames
             decoded = time.perf_counter()
             yield FrameBlock(
                 index=index,
@@ -257,14 +265,31 @@ class SelfForcingPipeline:
         """Option -> one sentence why it cannot work here."""
         return unavailable_options(self.device, has_taehv=True in self._decoders)
 
-    def _roll_out(self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo) -> Iterator[torch.Tensor]:
-        """The run's blocks of latents [1, F, C, h, w]."""
+    def _encode(self, start: Start, model: CausalWanTransformer3DModel) -> Sequence[torch.Tensor]:
+        """What a clip starts from, as blocks of latents [1, F, C, h, w].
+
+        A picture stands still for a block. The encoder gives the mean of its posterior: nothing is drawn, and the same
+        file gives the same latents.
+        """
+        checkpoint()
+        frames = torch.tensor(start.frames).permute(0, 3, 1, 2)
+        if start.kind == "image":
+            frames = frames.expand(self.spec.frames_in(1), -1, -1, -1)
+        latents = encode_wan(self._vae, frames[None].float().div(255))
+        if not torch.isfinite(latents).all():
+            raise NonFiniteOutput("The encoder produced invalid numbers from what the clip starts from.")
+        return latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
+
+    def _roll_out(
+        self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """The run's blocks of latents [1, F, C, h, w], after those that are given."""
         shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
         # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
         cache = self._fresh_cache(model)
 
-        def call(latents: torch.Tensor, timestep: torch.Tensor, _block: int, step: int | None) -> torch.Tensor:
-            if step is not None:
+        def call(latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
+            if step is not None or block < len(given):
                 checkpoint()
             return model(latents, timestep, text_kv, cache=cache)
 
@@ -282,6 +307,7 @@ class SelfForcingPipeline:
             context,
             first_steps=self._first_steps,
             merge_clean_pass=self.merge_clean_pass,
+            given=given,
         )
 
     def _fresh_cache(self, model: CausalWanTransformer3DModel) -> KVCache:
@@ -293,6 +319,16 @@ class SelfForcingPipeline:
             self._cache = model.make_cache(window, height, width)
         self._cache.reset()
         return self._cache
+
+
+def _shown(decoder: StreamDecoder, given: Sequence[torch.Tensor], start: Start | None) -> list[np.ndarray]:
+    """The frames a clip starts from as the decoder shows them, [T, H, W, 3] uint8 each; one of a picture.
+
+    Not those of the file: the decoder's are a little softer, and the next ones follow from them. It has to see them
+    anyway, or the next block would begin a clip of its own.
+    """
+    frames = [to_uint8(decoder.decode(latents), 0) for latents in given]
+    return [frames[-1][-1:]] if start is not None and start.kind == "image" else frames
 
 
 def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:

@@ -38,7 +38,8 @@ class RunMeter:
         """Frames made per second, leaving out what happens once per run."""
         if self.frames > self._first_frames and self._last_elapsed > self.time_to_first_frame:
             return (self.frames - self._first_frames) / (self._last_elapsed - self.time_to_first_frame)
-        return self.frames / self._last_elapsed if self._last_elapsed > 0 else 0.0
+        made = self.frames - self.run.start_frames
+        return made / self._last_elapsed if self._last_elapsed > 0 else 0.0
 
     @property
     def model_fps(self) -> float:

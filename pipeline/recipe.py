@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from pipeline.blocks import RunInfo
 from pipeline.config import GenerationRequest
 from pipeline.errors import VideoError
 from pipeline.mp4 import read_comment
+from pipeline.start import Start
 
 RECIPE_FORMAT = "self-forcing-recipe"
 RECIPE_VERSION = 1
+STARTED_VERSION = 2
+"""Of a video that began with a picture or a video: programs that do not know of those would make another one."""
 COMPARISON_FORMAT = "self-forcing-comparison"
 """Of a video that shows two side by side: it tells of them, but it cannot be made again from one set of settings."""
 
@@ -26,7 +30,7 @@ def build_recipe(run: RunInfo, num_frames: int) -> dict[str, Any]:
     request = run.request
     return {
         "format": RECIPE_FORMAT,
-        "version": RECIPE_VERSION,
+        "version": RECIPE_VERSION if request.start is None else STARTED_VERSION,
         "prompt": request.prompt,
         "seed": run.seed,
         "model": run.model,
@@ -38,6 +42,7 @@ def build_recipe(run: RunInfo, num_frames: int) -> dict[str, Any]:
             "fp8": request.fp8,
             "compile": request.compile,
         },
+        **({} if request.start is None else {"start": request.start.describe()}),
         "applied": dict(run.applied),
         "frames": num_frames,
         "complete": num_frames >= run.num_frames,
@@ -51,14 +56,45 @@ def build_comparison_recipe(report: dict[str, Any]) -> dict[str, Any]:
     return {"format": COMPARISON_FORMAT, "version": RECIPE_VERSION, **kept, "versions": _versions()}
 
 
-def request_from_recipe(recipe: dict[str, Any]) -> GenerationRequest:
+def request_from_recipe(recipe: dict[str, Any], start: Start | None = None) -> GenerationRequest:
     """The request that makes the recipe's video again.
 
+    Args:
+        start: what the video began with, read from the same file; a recipe only tells which.
+
     Raises:
-        VideoError: a field is missing or this is no recipe of ours.
+        VideoError: a field is missing, this is no recipe of ours, or `start` is not what the video began with.
         InvalidRequest: a field has a value that is not allowed.
     """
-    if recipe.get("format") != RECIPE_FORMAT or recipe.get("version") != RECIPE_VERSION:
+    request = settings_from_recipe(recipe)
+    needed = needed_start(recipe)
+    if needed is None:
+        return request
+    if start is None or not start.matches(needed):
+        raise VideoError(f"{start_sentence(needed)} It takes the same file to make it again.")
+    return replace(request, start=start)
+
+
+def needed_start(recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """What `Start.describe` told of the file that the recipe's video began with; None if it began with none."""
+    start = recipe.get("start")
+    return start if isinstance(start, dict) else None
+
+
+def start_sentence(needed: dict[str, Any]) -> str:
+    """Which file a video began with, for people."""
+    kind = "a picture" if needed.get("kind") == "image" else "a video"
+    return f"That video began with {kind} (sha256 {str(needed.get('sha256'))[:12]})."
+
+
+def settings_from_recipe(recipe: dict[str, Any]) -> GenerationRequest:
+    """The recipe's settings without what its video began with: alone they make it again only if it began with nothing.
+
+    Raises:
+        VideoError, InvalidRequest: as `request_from_recipe`, which see.
+    """
+    known = recipe.get("version") in (RECIPE_VERSION, STARTED_VERSION) and type(recipe["version"]) is int
+    if recipe.get("format") != RECIPE_FORMAT or not known:
         raise VideoError("The recipe was written by another program or by a newer version of this one.")
     try:
         settings = recipe["settings"]

@@ -6,7 +6,7 @@ from, and at which step a block ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,7 @@ def roll_out(
     first_steps: DenoisingSteps | None = None,
     merge_clean_pass: bool = False,
     exit_step: Callable[[int], int] | None = None,
+    given: Sequence[torch.Tensor] = (),
 ) -> Iterator[torch.Tensor]:
     """Yield each block [B, F, C, h, w] as soon as it is denoised; it enters the cache when the next one is asked for.
 
@@ -59,22 +60,29 @@ def roll_out(
         cache: freshly reset.
         noise: (block, step) -> noise [B, F, C, h, w]; the step after a block's last one is that of its clean pass.
         steps: timesteps and sigmas of the sampler.
+        num_blocks: how many are made.
         context: the noise level of finished blocks.
-        first_steps: of the first block, if it has others.
+        first_steps: of the first block that is made, if it has others.
         merge_clean_pass: the clean pass and the next block's first step are one call, on both blocks' frames.
         exit_step: block -> index of its last step; default: all steps are taken.
+        given: finished blocks [B, F, C, h, w] that the video begins with. They enter the cache as if they had been made
+            here and are not yielded; the blocks after them are numbered on.
     """
     finished: torch.Tensor | None = None
 
     def steps_of(block: int) -> DenoisingSteps:
-        return steps if block or first_steps is None else first_steps
+        return steps if block != len(given) or first_steps is None else first_steps
 
-    for block in range(num_blocks):
-        merged = finished is not None and merge_clean_pass
+    for block in range(len(given) + num_blocks):
+        merged = finished is not None and merge_clean_pass and block >= len(given)
         if finished is not None:
             finished = context.apply(finished, lambda block=block: noise(block - 1, len(steps_of(block - 1))))
             if not merged:
                 call(finished, _times(finished, context.timestep), block - 1, None)
+        if block < len(given):
+            finished = given[block]
+            cache.begin_block(finished.shape[1])
+            continue
         start = noise(block, 0)
         cache.begin_block(start.shape[1], merged=merged)
 

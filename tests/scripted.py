@@ -44,9 +44,10 @@ WORDS += ["sunset", "the"]
 
 @dataclass
 class ScriptedPipeline:
-    """A `StreamingPipeline` that keeps a record of what was asked of it."""
+    """A `StreamingPipeline` that keeps a record of what was asked of it. What a clip starts from it shows as it is."""
 
     spec: ModelSpec = SPEC
+    takes_start: bool = True
     step_seconds: float = 0.0
     """Time per denoising step; a block has `len(spec.denoising_steps)` of them."""
     faults: dict[tuple[int, int], BaseException] = field(default_factory=dict)
@@ -79,13 +80,14 @@ class ScriptedPipeline:
 
     def _blocks(self, request: GenerationRequest, run: int, begun: float) -> Iterator[FrameBlock]:
         fps = request.fps or self.spec.fps
-        num_blocks = self.spec.blocks_for(request.seconds, fps)
+        num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
+        given = [] if request.start is None else list(request.start.frames)
         info = RunInfo(
             request=request,
             seed=request.seed if request.seed >= 0 else 1234567,
             fps=fps,
             num_blocks=num_blocks,
-            num_frames=self.spec.frames_in(num_blocks),
+            num_frames=num_frames,
             applied={"decoder": "taehv" if request.taehv else "wan", "device": "cpu", "precision": "float32"},
             model=self.spec.name,
             weights_sha256="0" * 64,
@@ -100,8 +102,9 @@ class ScriptedPipeline:
                 if fault := self.faults.pop((index, step), None):
                     raise fault
                 time.sleep(self.step_seconds)
-            end = self.spec.frames_in(index + 1)
-            frames = np.stack([paint(n, self.spec.height, self.spec.width, info.seed) for n in range(start, end)])
+            end = num_frames - self.spec.temporal_stride * self.spec.frames_per_block * (num_blocks - index - 1)
+            painted = [paint(n, self.spec.height, self.spec.width, info.seed) for n in range(start, end)]
+            frames = np.stack([*given, *painted[len(given) :]] if index == 0 else painted)
             self.made.append((run, index))
             now = time.monotonic()
             self.stamps[run].append(time.time())

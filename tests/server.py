@@ -55,9 +55,13 @@ class Server:
 
     def join(self, *data, session: str, name: str = "_generate") -> httpx.Response:
         """Ask for a run as the page does, but without a ticket: nothing was announced."""
-        data = [*data, None] if name == "_generate" else data
-        body = json.dumps({"data": data, "fn_index": self.fn_index(name), "session_hash": session})
+        body = json.dumps({"data": self._whole(name, data), "fn_index": self.fn_index(name), "session_hash": session})
         return self.http.post("/queue/join", content=body, headers={"content-type": "application/json"})
+
+    def _whole(self, name: str, data: tuple) -> list:
+        """An event's inputs, those that are left out at the end being empty."""
+        missing = len(self.demo.fns[self.fn_index(name)].inputs) - len(data)
+        return [*data, *[None] * missing]
 
     def events(self, session: str) -> Iterator[dict]:
         with self.http.stream("GET", f"/queue/data?session_hash={session}") as stream:
@@ -98,7 +102,7 @@ class Server:
 
     def call(self, name: str, *data, session: str = "s") -> list:
         """The answer of an event outside of the queue."""
-        body = {"data": data, "fn_index": self.fn_index(name), "session_hash": session}
+        body = {"data": self._whole(name, data), "fn_index": self.fn_index(name), "session_hash": session}
         answer = self.http.post("/run/predict", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]

@@ -30,6 +30,7 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {
     "/generate": ["prompt", "seed", "fps", "seconds", "taehv", "fp8", "compile"],
+    "/generate_from": ["prompt", "start", "seed", "fps", "seconds", "taehv", "fp8", "compile"],
     "/stop": [],
     "/enhance": ["prompt", "variant", "by"],
     "/options": [],
@@ -185,8 +186,8 @@ def test_nothing_but_the_endpoints_is_announced_and_every_parameter_is(server: S
         assert [parameter["parameter_name"] for parameter in announced] == parameters
         assert len(endpoints[name]["description"]) > 40
         for parameter in announced:
-            assert parameter["label"] and parameter["python_type"]["type"] in ("str", "float", "bool")
-            assert parameter["parameter_has_default"] == (parameter["parameter_name"] != "prompt")
+            assert parameter["label"] and parameter["python_type"]["type"] in ("str", "float", "bool", "filepath")
+            assert parameter["parameter_has_default"] == (parameter["parameter_name"] not in ("prompt", "start"))
 
 
 # ---- MCP

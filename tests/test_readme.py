@@ -74,6 +74,7 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
     [
         ("Run it", [APP]),
         ("The page", [APP]),
+        ("Starting from a picture or a video", [CLI]),
         ("Published models", [APP, *WEIGHTS]),
         ("Letting others in", [APP]),
         ("The command line", [CLI, COMPARE, ENHANCE]),

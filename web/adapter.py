@@ -34,6 +34,8 @@ class AdaptedPipeline:
         self.fps = float(getattr(spec, "fps", DEFAULT_FPS))
         """Playback rate that a request gets if it names none."""
         self.native_fps = float(getattr(spec, "native_fps", self.fps))
+        self.takes_start = self.spec is not None and bool(getattr(pipeline, "takes_start", False))
+        """Whether it goes on from a picture or a video. One that does not say so would leave it out in silence."""
         self.enhancer: Enhancer | None = getattr(pipeline, "enhancer", None)
         """Fills prompts in from the model's own templates; None: it has none."""
 
@@ -60,13 +62,13 @@ class AdaptedPipeline:
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to, as far as it can be known. `num_blocks` and `num_frames` are 0 if it cannot."""
         fps = request.fps or self.fps
-        num_blocks = self.spec.blocks_for(request.seconds, fps) if self.spec else 0
+        num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start) if self.spec else (0, 0)
         return RunInfo(
             request=request,
             seed=request.seed,
             fps=fps,
             num_blocks=num_blocks,
-            num_frames=self.spec.frames_in(num_blocks) if self.spec else 0,
+            num_frames=num_frames,
             model=self.name,
         )
 

@@ -13,7 +13,8 @@ import gradio as gr
 
 from pipeline.compare import read_switches
 from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE
-from pipeline.errors import SelfForcingError
+from pipeline.errors import InvalidRequest, SelfForcingError
+from web.adapter import AdaptedPipeline
 from web.comparing import ComparisonUpdate
 from web.events import refusal, session_of, shown
 from web.generation import DEFAULT_SECONDS, Update
@@ -49,6 +50,8 @@ def add_endpoints(page: Page) -> None:
         gr.Button(name, visible=False).click(fn, inputs, outputs, api_name=name, **settings)
 
     endpoint("generate", endpoints.generate, page.ui.inputs, [video, recipe, progress], **model)
+    began = [page.ui.prompt, page.ui.start.file, *page.ui.inputs[1:]]
+    endpoint("generate_from", endpoints.generate_from, began, [video, recipe, progress], **model)
     endpoint("stop", endpoints.stop, [], [answer], **aside)
     # Clients go through the queue anyway, where one question would otherwise wait for the other.
     endpoint(
@@ -98,8 +101,46 @@ class Endpoints:
             The MP4 file, its recipe, and progress: state, block, num_blocks, frames, num_frames, time_to_first_frame,
             generation_fps, playback_fps, seed, applied. File and recipe are null until the end.
         """
+        yield from self._generate(prompt, seed, fps, seconds, taehv, fp8, compile, None, request)
+
+    def generate_from(
+        self,
+        prompt: str,
+        start: str,
+        seed: float = -1,
+        fps: float | None = None,
+        seconds: float = DEFAULT_SECONDS,
+        taehv: bool = False,
+        fp8: bool = False,
+        compile: bool = False,
+        request: gr.Request = None,  # type: ignore[assignment]  # filled in by Gradio
+    ) -> Iterator[tuple[Any, ...]]:
+        """Make a video that goes on from a picture or from the end of another video. Otherwise as generate.
+
+        Args:
+            prompt: What happens then, 1 to 2,000 characters.
+            start: A picture (PNG, JPEG, WEBP; at most 16 megapixels) or a video (MP4, MOV, WebM, MKV; at most a
+                minute) of up to 10 MB. Its middle is cut out in the shape of the model's frames. Of a video, the last
+                frames are used; /options tells how many.
+            seed: -1 draws a random one; any other whole number reproduces the video.
+            fps: Playback rate, 1 to 60; null takes the model's own.
+            seconds: Length of what is made, rounded to whole blocks. What it starts from comes on top, first.
+            taehv: Decode with the small TAEHV autoencoder.
+            fp8: Keep the weights in 8 bits.
+            compile: Compile the model first.
+
+        Returns:
+            As generate: the MP4 file, its recipe (which tells of the start by its hash), and progress.
+        """
+        if start is None:
+            raise refusal(InvalidRequest("start is empty, but must be a picture or a video."))
+        yield from self._generate(prompt, seed, fps, seconds, taehv, fp8, compile, start, request)
+
+    def _generate(
+        self, prompt, seed, fps, seconds, taehv, fp8, compile, start: str | None, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         self._page.generator.wait_for_exchange()
-        checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile, start)
         try:
             for update in self._page.generator.run(checked, session_of(request), streamed=False):
                 yield update.file, update.recipe, _progress(update)
@@ -145,8 +186,9 @@ class Endpoints:
         """What can be asked for here: limits and defaults of every field, options that cannot work and why.
 
         Returns:
-            Model, frame size, limits, defaults, unavailable options, the words of a small model (empty: any), and what
-            makes suggestions for prompts.
+            Model, frame size, limits, defaults, unavailable options, start_frames (how many frames of a video, at
+            native_fps, generate_from can go on from: one of these numbers, the largest that there are; null: from
+            none), the words of a small model (empty: any), and what makes suggestions for prompts.
         """
         page = self._page
         try:
@@ -176,6 +218,7 @@ class Endpoints:
                 **model.preset,
             },
             "unavailable": model.unavailable_options(),
+            "start_frames": _start_frames(model),
             "known_words": model.known_words(),
             "enhancers": page.help.kinds(model),
         }
@@ -248,6 +291,12 @@ class Endpoints:
                 yield update.files and update.files.both, update.report, _comparison_progress(update)
         except SelfForcingError as error:
             raise refusal(error) from error
+
+
+def _start_frames(model: AdaptedPipeline) -> list[int] | None:
+    if not model.takes_start or model.spec is None:
+        return None
+    return [model.spec.frames_in(blocks + 1) for blocks in range(model.spec.most_start_blocks)]
 
 
 def _progress(update: Update) -> dict[str, Any]:

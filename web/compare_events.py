@@ -29,9 +29,10 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
     # Stop, Stop both and Escape end a comparison like any other run: see the page.
     buttons = [panel.make, panel.stop, page.ui.generate, page.ui.stop]
     asked = [*page.ui.inputs, panel.switch]
+    start = page.ui.start.file
     begun = panel.make.click(
         events.begin_both,
-        asked,
+        [*asked, start],
         [panel.ticket, panel.status, page.ui.place_timer, *panel.downloads, *buttons],
         trigger_mode="multiple",
         **aside,
@@ -39,7 +40,7 @@ def wire_comparison(page: Page, panel: ComparePanel) -> None:
     begun.success(None, None, None, js=_HIDE, **quiet)
     comparing = begun.success(
         events.make_both,
-        [*asked, panel.ticket],
+        [*asked, panel.ticket, start],
         [panel.status, *panel.downloads],
         concurrency_limit=1,
         concurrency_id=MODEL_QUEUE,
@@ -57,19 +58,19 @@ class _CompareEvents:
     def __init__(self, page: Page) -> None:
         self._page = page
 
-    def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, request: gr.Request) -> Values:
+    def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, start, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
-        pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch)
+        pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch, start)
         expected = partial(self._page.comparer.expected_seconds, pair)
         ticket, place = self._page.announce(session_of(request), expected, "comparison")
         timer = gr.Timer(active=place.ahead > 0)
         return ticket.id, status.waiting(place), timer, *self._files(None), *_both(running=True)
 
     def make_both(
-        self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, ticket, request: gr.Request
+        self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, ticket, start, request: gr.Request
     ) -> Iterator[Values]:
         self._page.generator.wait_for_exchange()
-        pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch)
+        pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch, start)
         try:
             for update in self._page.comparer.run(pair, session_of(request), ticket):
                 yield compare_panel.card(update), *self._files(update.files)
@@ -84,8 +85,8 @@ class _CompareEvents:
             both = ""  # it never came (the queue was full), so there is nothing that it could be waiting for
         return video, both, timer, *_both(running=self._page.generator.sessions.busy(session))
 
-    def _pair(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch) -> Pair:
-        checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+    def _pair(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, start) -> Pair:
+        checked = self._page.request(prompt, seed, fps, seconds, taehv, fp8, compile, start)
         try:
             if not isinstance(switch, str):
                 raise InvalidRequest("Choose the switch to compare.")

@@ -62,7 +62,9 @@ def take_files_only(component: Block) -> None:
 
     async def take_file(path: str | Path | None) -> str | None:
         if path is not None and not Path(path).is_file():
-            raise gr.Error("A file is needed here.", print_exception=False)
+            raise gr.Error(
+                "A file is needed here. If you sent one, it is gone by now: choose it again.", print_exception=False
+            )
         return await take(path)
 
     component.async_move_resource_to_block_cache = take_file

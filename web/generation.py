@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.config import SECONDS_RANGE, GenerationRequest, check_available
-from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
+from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, VideoError
 from pipeline.meter import RunMeter
 from pipeline.recipe import build_recipe
 from pipeline.video import Segment, SegmentEncoder
@@ -111,12 +111,20 @@ class Generator:
                 f"seconds is {request.seconds:g}, but must be a number from {low:g} to {self.max_seconds:g} here."
             )
         check_available(request, self.pipeline.unavailable_options())
+        if request.start is not None:
+            model = self.pipeline
+            if not model.takes_start or model.spec is None:
+                raise OptionUnavailable("This model cannot start from a picture or a video.")
+            model.spec.check_start(request.start)
         return request
 
     def expected_seconds(self, request: GenerationRequest) -> float | None:
         """How long the model will take, judging by earlier runs with the same options; None if there were none."""
         pace = self._paces.get(_options(request))
-        return None if pace is None else pace * self.pipeline.plan(request).num_frames
+        if pace is None:
+            return None
+        plan = self.pipeline.plan(request)
+        return pace * (plan.num_frames - plan.start_frames)
 
     def forget_paces(self) -> None:
         """Another model has another pace."""

@@ -18,6 +18,7 @@ from web.enhance import PromptHelp, SuggestionBox
 from web.generation import DEFAULT_SECONDS
 from web.models import ModelMenu
 from web.player import live_video
+from web.start_panel import StartPanel
 
 EXAMPLES_FILE = Path(__file__).resolve().parent.parent / "examples" / "prompts.json"
 
@@ -85,6 +86,7 @@ class Layout:
                 # Pressed by the script: a button in HTML cannot set a component's value.
                 self.use_seed = gr.Button("", visible="hidden", elem_id="use-seed")
             with gr.Column(min_width=0, elem_id="more"):
+                self.start = StartPanel()
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._lay_out_settings(longest)
                 self.compare = ComparePanel({name: label for name, (label, _) in OPTIONS.items()})
@@ -146,7 +148,7 @@ class Layout:
             self.suggestion.button,
             self.suggestion.by,
         ]
-        return [*fitted, *self.options.values(), *self.compare.fitted]
+        return [*fitted, *self.options.values(), *self.compare.fitted, *self.start.fitted]
 
     def without_model(self) -> dict[Any, dict[str, Any]]:
         """Component -> its settings while there is no model."""
@@ -181,7 +183,7 @@ class Layout:
                 fitted[option] |= {"value": True, "info": f"{OPTIONS[name][1]} {PRESET}"}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
-        return fitted | self.compare.fitted_to(unavailable, model.preset)
+        return fitted | self.compare.fitted_to(unavailable, model.preset) | self.start.fitted_to(model)
 
 
 def _examples() -> list[str]:

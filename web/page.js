@@ -277,6 +277,18 @@
     true,
   );
 
+  // A picture can be dropped anywhere, too: a video starts from it.
+  const startFrom = async (file) => {
+    const field = () => document.querySelector("#start-file input[type=file]");
+    if (!field()?.checkVisibility?.()) document.querySelector("#start > button")?.click();
+    for (let tries = 0; tries < 20 && field() === null; tries++) await new Promise((resolve) => setTimeout(resolve, 50));
+    if (field() === null) return tell("Remove the file that is chosen before you drop another one.");
+    const files = new DataTransfer();
+    files.items.add(file);
+    field().files = files.files;
+    field().dispatchEvent(new Event("change", { bubbles: true }));
+  };
+
   const carriesFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   let depth = 0; // of elements that the file is being dragged over, one inside the other
 
@@ -285,19 +297,31 @@
     document.body.classList.toggle("sf-dropping", depth > 0);
   };
 
-  document.addEventListener("dragenter", (event) => carriesFiles(event) && showDropping(1), true);
+  document.addEventListener(
+    "dragenter",
+    (event) => {
+      if (!carriesFiles(event)) return;
+      showDropping(1);
+      document.body.classList.toggle("sf-into-start", Boolean(event.target.closest?.("#start-file")));
+    },
+    true,
+  );
   document.addEventListener("dragleave", (event) => carriesFiles(event) && showDropping(-1), true);
   document.addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault(), true);
   document.addEventListener(
     "drop",
     (event) => {
       if (!carriesFiles(event)) return;
+      showDropping(-depth);
+      if (event.target.closest("#start-file")) return; // what a video starts from: Gradio takes it
       event.preventDefault();
       event.stopPropagation();
-      showDropping(-depth);
-      const file = [...event.dataTransfer.files].find(isVideo);
-      if (file) restore(file);
-      else tell("That is no MP4 file: drop a video that was made here to get its settings back.");
+      const files = [...event.dataTransfer.files];
+      const video = files.find(isVideo);
+      const start = files.find((file) => /^(image|video)\//.test(file.type));
+      if (video) restore(video);
+      else if (start && byId("start")) startFrom(start);
+      else tell("Drop a video that was made here to get its settings back, or a picture to start from.");
     },
     true,
   );

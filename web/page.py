@@ -16,7 +16,8 @@ from starlette.middleware import Middleware
 from pipeline.config import SECONDS_RANGE, check_available
 from pipeline.enhance_language import LanguageEnhancer
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
-from pipeline.recipe import read_recipe, request_from_recipe
+from pipeline.recipe import needed_start, read_recipe, settings_from_recipe, start_sentence
+from pipeline.start import Start
 from pipeline.worker import ModelWorker
 from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
@@ -32,6 +33,8 @@ from web.layout import Layout
 from web.model_events import wire_models
 from web.models import ModelChoices, ModelMenu
 from web.sessions import Expected, Kind, Place, Ticket, sessions_ahead
+from web.start_events import wire_start
+from web.starts import Starts
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
 
@@ -109,7 +112,9 @@ class Page:
             self.home = Path(self.ui.download.GRADIO_CACHE)
             self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
             self.comparer = Comparer(self.generator)
+            self.starts = Starts(self.home)
             self._wire()
+            wire_start(self, self.ui.start)
             wire_suggestions(self)
             wire_comparison(self, self.ui.compare)
             if self.ui.models is not None:
@@ -154,13 +159,13 @@ class Page:
         aside = {**quiet, "queue": True, "concurrency_limit": None}
         generating = ui.generate.click(
             self._begin,
-            ui.inputs,
+            [*ui.inputs, ui.start.file],
             [ui.ticket, ui.status, ui.download, ui.place_timer, *buttons],
             trigger_mode="multiple",
             **aside,
         ).success(
             self._generate,
-            [*ui.inputs, ui.ticket],
+            [*ui.inputs, ui.ticket, ui.start.file],
             [ui.video, ui.status, ui.download],
             concurrency_limit=1,
             concurrency_id=MODEL_QUEUE,
@@ -181,12 +186,13 @@ class Page:
         gr.on(
             [ui.seed.change, ui.fps.change, ui.seconds.change],
             self._checked_settings,
-            [ui.seed, ui.fps, ui.seconds],
+            [ui.seed, ui.fps, ui.seconds, ui.start.file],
             [ui.settings_notice],
             trigger_mode="always_last",
             **quiet,
         )
-        ui.dropped.upload(self._restore, [ui.dropped], [ui.dropped, *ui.inputs, ui.notice], **aside)
+        restored = [ui.dropped, *ui.inputs, ui.notice, *ui.start.shown]
+        ui.dropped.upload(self._restore, [ui.dropped, ui.start.file], restored, **aside)
         ui.arrival.tick(self._arrive, None, ui.fitted, **quiet)
         self.blocks.unload(self._leave)
 
@@ -204,9 +210,9 @@ class Page:
                 new |= {self.ui.status: status.failed(str(error)), self.ui.arrival: gr.Timer(active=False)}
         return tuple(new.values())
 
-    def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, request: gr.Request) -> Values:
+    def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, start, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
-        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile, start)
         ticket, place = self.announce(session_of(request), lambda: self.generator.expected_seconds(checked))
         timer = gr.Timer(active=place.ahead > 0)
         download = gr.update(value=None, interactive=False)
@@ -233,10 +239,10 @@ class Page:
         return self.waiting(session_of(request))
 
     def _generate(
-        self, prompt, seed, fps, seconds, taehv, fp8, compile, ticket, request: gr.Request
+        self, prompt, seed, fps, seconds, taehv, fp8, compile, ticket, start, request: gr.Request
     ) -> Iterator[Values]:
         self.generator.wait_for_exchange()
-        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile)
+        checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile, start)
         session = session_of(request)
         self.streams.forget(session)
         try:
@@ -245,11 +251,12 @@ class Page:
         except SelfForcingError as error:
             raise refusal(error) from error
 
-    def request(self, prompt, seed, fps, seconds, taehv, fp8, compile) -> Any:
-        """What a visitor sent, checked. What is wrong with it, the visitor is told."""
+    def request(self, prompt, seed, fps, seconds, taehv, fp8, compile, start: str | None = None) -> Any:
+        """What a visitor sent, checked. What is wrong with it, the visitor is told. `start`: path of an upload."""
         try:
+            begun = None if start is None else self.starts.read(start, self.generator.pipeline)
             return self.generator.checked_request(
-                prompt=prompt, seed=seed, seconds=seconds, fps=fps, taehv=taehv, fp8=fp8, compile=compile
+                prompt=prompt, seed=seed, seconds=seconds, fps=fps, taehv=taehv, fp8=fp8, compile=compile, start=begun
             )
         except SelfForcingError as error:
             raise refusal(error) from error
@@ -278,24 +285,36 @@ class Page:
     def _notice(self, prompt: str) -> str:
         return pieces.prompt_notice(prompt, self.model_or_none()) if isinstance(prompt, str) else ""
 
-    def _checked_settings(self, seed, fps, seconds) -> str:
-        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, self.model_or_none())
+    def _checked_settings(self, seed, fps, seconds, start: str | None) -> str:
+        return self.settings_notice(seed, fps, seconds, self._start_or_none(start))
+
+    def settings_notice(self, seed, fps, seconds, start: Start | None) -> str:
+        """What is wrong with the numbers, or what they come to."""
+        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, self.model_or_none(), start)
+
+    def _start_or_none(self, path: str | None) -> Start | None:
+        with suppress(SelfForcingError):
+            return self.starts.read(path, self.generator.pipeline)
+        return None
 
     def model_or_none(self) -> AdaptedPipeline | None:
         with suppress(SelfForcingError):
             return self.generator.pipeline
         return None
 
-    def _restore(self, path: str | None) -> Values:
-        """Every setting of a video that was made here. The file itself is not kept."""
+    def _restore(self, path: str | None, start: str | None) -> Values:
+        """Every setting of a video that was made here. The file itself is not kept.
+
+        What that video began with is in none of its settings: it stays if it is chosen already, or else has to be.
+        """
         if path is None:
-            return tuple(gr.skip() for _ in range(len(self.ui.inputs) + 2))
+            return tuple(gr.skip() for _ in range(len(self.ui.inputs) + 2 + len(self.ui.start.shown)))
         # Gradio has checked it, but for what calls itself a stream at some address. It is about to be removed.
         if not Path(path).resolve().is_relative_to(self.home.resolve()):
             raise refusal(VideoError("A file is needed here."))
         try:
             recipe = read_recipe(path)
-            restored = request_from_recipe(recipe)
+            restored = settings_from_recipe(recipe)
             model = self.generator.pipeline
             if restored.seconds > self.max_seconds:
                 raise InvalidRequest(
@@ -305,19 +324,27 @@ class Page:
         except SelfForcingError as error:
             raise refusal(error) from error
         finally:
-            Path(path).unlink(missing_ok=True)
+            if path != start:  # the same file may be what the next video goes on from
+                Path(path).unlink(missing_ok=True)
+        needed, chosen = needed_start(recipe), self._start_or_none(start)
+        same = chosen.matches(needed) if chosen and needed else chosen is None and needed is None
         other = recipe.get("model") not in ("", model.name)
         said = f"That video was made by {recipe.get('model')}; this model will make another one." if other else ""
         again = (
             "Generate makes it again." if recipe.get("complete") else "It was stopped early; Generate makes all of it."
         )
+        if needed and not same:
+            said = f"{said} {start_sentence(needed)} Choose the same file to make it again.".strip()
         if said:
             gr.Warning(said)
         else:
             gr.Info(f"All settings are those of that video. {again}")
         options = (restored.taehv, restored.fp8, restored.compile)
         notice = pieces.prompt_notice(restored.prompt, model)
-        return None, restored.prompt, restored.seed, restored.fps, restored.seconds, *options, notice
+        panel = self.ui.start.show(chosen if same else None, model.spec)
+        kept = gr.skip() if same else gr.update(value=None)
+        shown = (kept, *(gr.update(**settings) for settings in panel.values()))
+        return None, restored.prompt, restored.seed, restored.fps, restored.seconds, *options, notice, *shown
 
     # ---- while the server runs
 

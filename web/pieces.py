@@ -6,6 +6,7 @@ from html import escape
 
 from pipeline.config import FPS_RANGE, SECONDS_RANGE, checked_number, checked_prompt, checked_seed
 from pipeline.errors import InvalidRequest
+from pipeline.start import Start
 from web.adapter import AdaptedPipeline
 
 _MARK = """
@@ -78,9 +79,14 @@ def _words(words: list[str], shown: int = 12) -> str:
 
 
 def settings_notice(
-    seed: object, fps: object, seconds: object, max_seconds: float, model: AdaptedPipeline | None
+    seed: object,
+    fps: object,
+    seconds: object,
+    max_seconds: float,
+    model: AdaptedPipeline | None,
+    start: Start | None = None,
 ) -> str:
-    """What is wrong with the numbers; if nothing is, what they come to."""
+    """What is wrong with the numbers; if nothing is, what they come to after what the video starts from."""
     wrong = []
     high = min(SECONDS_RANGE[1], max_seconds)
     checks = [
@@ -96,9 +102,9 @@ def settings_notice(
     if wrong or model is None or model.spec is None or not isinstance(seconds, int | float):
         return "".join(wrong)
     rate = fps if isinstance(fps, int | float) else model.fps
-    blocks = model.spec.blocks_for(seconds, rate)
-    frames = model.spec.frames_in(blocks)
-    plan = f"{blocks} block{'s' if blocks > 1 else ''}, {frames} frames, {frames / rate:.2f} s of video."
+    blocks, frames = model.spec.length(seconds, rate, start)
+    given = "" if start is None else f", {len(start.frames)} of them what it starts from"
+    plan = f"{blocks} block{'s' if blocks > 1 else ''}, {frames} frames{given}, {frames / rate:.2f} s of video."
     if rate != model.native_fps:
         plan += f" Motion looks natural at {model.native_fps:g} FPS; this plays it at {rate / model.native_fps:.2g}×."
     return _notice(plan, tone="sf-plan")

@@ -118,6 +118,9 @@ def _recipe(recipe: dict[str, Any]) -> str:
         "Model": recipe["model"] or "unknown",
         "Weights": recipe["weights_sha256"][:12] or "unknown",
     }
+    if start := recipe.get("start"):
+        what = "picture" if start["kind"] == "image" else f"last {start['frames']} frames of the video"
+        rows["Starts from"] = f"the {what} with sha256 {start['sha256'][:12]}"
     if not recipe["complete"]:
         rows["Stopped"] = f"after {recipe['frames']} frames; made again, it has its full length"
     cells = "".join(f"<dt>{label}</dt><dd>{escape(str(value))}</dd>" for label, value in rows.items())
@@ -135,6 +138,8 @@ def _command(recipe: dict[str, Any]) -> str:
     words = ["python", "-m", "pipeline", recipe["prompt"], "--seed", str(recipe["seed"])]
     words += ["--seconds", f"{settings['seconds']:g}", "--fps", f"{settings['fps']:g}"]
     words += [f"--{name}" for name in ("taehv", "fp8", "compile") if settings[name]]
+    if start := recipe.get("start"):
+        words += [f"--{start['kind']}", "FILE"]
     return shlex.join(words)
 
 
