@@ -176,6 +176,7 @@ class Endpoints:
                 **model.preset,
             },
             "unavailable": model.unavailable_options(),
+            "notes": model.option_notes(),
             "known_words": model.known_words(),
             "enhancers": page.help.kinds(model),
         }
