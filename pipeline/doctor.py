@@ -223,7 +223,11 @@ def as_text(report: Report) -> str:
         *(f"{name:<12}{state}" for name, state in report.options.items()),
         f"FP8 is      {report.float8['sentence'][:1].lower()}{report.float8['sentence'][1:]}",
         f"Attention   {report.attention['title']}{_timings(report.attention['milliseconds'])}",
-        *(f"            not {name}: {why}" for name, why in report.attention["unusable"].items() if report.kind != "cpu"),
+        *(
+            f"            not {name}: {why}"
+            for name, why in report.attention["unusable"].items()
+            if report.kind != "cpu"
+        ),
         f"Free disk   {report.free_disk / 1e9:.0f} GB for published models",
         "",
         _on_this_device(report),

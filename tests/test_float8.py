@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from weights.manifest import load_manifest
 
 ADA, HOPPER, AMPERE = (DeviceFacts("cuda", capability) for capability in ((8, 9), (9, 0), (8, 6)))
 BF16 = torch.bfloat16
-REQUEST = GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seed=7, seconds=1)
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64}
 
 
@@ -216,19 +215,20 @@ def test_the_rehearsal_leaves_room_for_rounding(torchao: Any) -> None:
     assert 0.9 * rounding < counted.peak < 1.3 * rounding
 
 
-def test_a_video_is_nearly_the_same_and_comes_back_exactly(torchao: Any) -> None:
-    pipe = SelfForcingPipeline.from_pretrained(EMBEDDED_MODEL, device="cpu", dtype=BF16)
-    plain = pipe.generate(REQUEST).frames
-    video = pipe.generate(GenerationRequest(prompt=REQUEST.prompt, seed=7, seconds=1, fp8=True))
+def test_a_video_is_nearly_the_same_and_comes_back_exactly(torchao: Any, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    small_transformer(in_channels=4, out_channels=4, text_dim=8, **SIZES).save_pretrained(folder / "transformer")
+    pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu", dtype=BF16)
+    request = GenerationRequest(prompt="a red balloon", seed=7, seconds=1, fps=12)
+    plain = pipe.generate(request).frames
+    video = pipe.generate(replace(request, fp8=True))
     assert video.run.applied["precision"] == "float8 row-wise arithmetic (torchao)"
     error = ((video.frames.astype(float) - plain) ** 2).mean()
     assert error > 0 and 10 * np.log10(255**2 / error) > 20
-    assert np.array_equal(pipe.generate(REQUEST).frames, plain)
+    assert np.array_equal(pipe.generate(request).frames, plain)
 
 
 def test_a_compiled_block_is_one_graph(torchao: Any) -> None:
-    if options.missing_for_compile(torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
     model = small_transformer(**SIZES).to(BF16)
     multiply_in_8_bits(model)
     latents, time = torch.randn(1, 3, 4, 4, 6).to(BF16), torch.zeros(1, 3)
@@ -236,8 +236,8 @@ def test_a_compiled_block_is_one_graph(torchao: Any) -> None:
         text = model.encode_text(torch.randn(1, 5, 8).to(BF16))
         plain = model(latents, time, text)
         for block in model.blocks:
-            block.compile(fullgraph=True)
-        torch.testing.assert_close(model(latents, time, text), plain, rtol=0.05, atol=0.05)
+            block.compile(fullgraph=True, backend="aot_eager")  # raises at the first break; needs no compiler
+        assert (model(latents, time, text) - plain).norm() < 0.05 * plain.norm()
 
 
 # ---- the plan
