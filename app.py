@@ -23,6 +23,7 @@ from pipeline.cli import (
     EMBEDDED_MODEL,
     LoadPipeline,
     SentenceParser,
+    add_attention,
     add_memory,
     check_device_name,
     check_memory,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         folder, device = check_model_folder(options.model), check_device_name(options.device)
         language = None if options.enhancer is None else LanguageEnhancer(options.enhancer)
         memory = check_memory(options.memory)
-        load = load or partial(load_pipeline, memory=memory)
+        load = load or partial(load_pipeline, memory=memory, attention=options.attention)
         home = make_home()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
@@ -213,6 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--enhancer", metavar="FOLDER|NAME@REVISION", help=ENHANCER_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add_memory(parser)
+    add_attention(parser)
     parser.add_argument(
         "--max-seconds",
         type=float,

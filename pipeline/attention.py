@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""query, key, value -> result, in the layout of `attention`; without mask or gradients. See `attention_backends.py`."""
+
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """Attend, and return [B, Lq, heads, head_dim].
 
@@ -15,9 +24,12 @@ def attention(
         query: [B, Lq, heads, head_dim].
         key, value: [B, Lk, heads, head_dim].
         mask: boolean [Lq, Lk], true where a query may look; None for everywhere.
+        kernel: does it where there is neither mask nor gradient; None: torch's own choice.
     """
     if query.is_meta:
         return torch.empty_like(query)  # what a fused kernel leaves: no scores
+    if kernel is not None and mask is None and not query.requires_grad:
+        return kernel(query, key, value)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.device.type == "cpu" and query.requires_grad:
         out = _differentiable_on_cpu(query, key, value, mask)

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.attention import attention
+from pipeline.attention import Kernel, attention
 from pipeline.rotary import RotaryPositions, Rotation, apply_rotary
 
 
@@ -116,25 +116,29 @@ class LayerCache:
         self.visible_end = block_tokens
         self.pending: Advance | None = None
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: Kernel | None = None
+    ) -> torch.Tensor:
         """Write the call's keys and values, and attend to all that is visible. Shapes [B, tokens, heads, head_dim]."""
         if self.pending is None:
-            return self._attend_current(query, key, value)
+            return self._attend_current(query, key, value, kernel)
         # Merged call: the finished block's clean pass and the next block's first step in one forward. The halves see
         # different windows, so they take turns; everything outside attention is done for both at once.
         split = self.block_tokens - self.current_begin
-        finished = self._attend_current(query[:, :split], key[:, :split], value[:, :split])
+        finished = self._attend_current(query[:, :split], key[:, :split], value[:, :split], kernel)
         self.advance(self.pending)
-        begun = self._attend_current(query[:, split:], key[:, split:], value[:, split:])
+        begun = self._attend_current(query[:, split:], key[:, split:], value[:, split:], kernel)
         return torch.cat([finished, begun], dim=1)
 
-    def _attend_current(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_current(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: Kernel | None
+    ) -> torch.Tensor:
         if key.requires_grad:
             return self.snapshot().attend(query, key, value)
         self.key[:, self.current_begin : self.block_tokens] = key
         self.value[:, self.current_begin : self.block_tokens] = value
         visible = slice(self.current_begin, self.visible_end)
-        return attention(query, self.key[:, visible], self.value[:, visible])
+        return attention(query, self.key[:, visible], self.value[:, visible], None, kernel)
 
     def snapshot(self) -> LayerSnapshot:
         """What a call with gradients attends to besides its own frames: a copy that later calls do not change."""
@@ -191,11 +195,13 @@ class LayerSnapshot:
     remember: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     """Told the call's keys and values, if later gradients shall reach them."""
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: Kernel | None = None
+    ) -> torch.Tensor:
         """Attend to the call's own frames and all before them. Shapes [B, tokens, heads, head_dim]."""
         if self.remember is not None:
             self.remember(key, value)
-        return attention(query, torch.cat([key, self.key], 1), torch.cat([value, self.value], 1))
+        return attention(query, torch.cat([key, self.key], 1), torch.cat([value, self.value], 1), None, kernel)
 
 
 class KVCache:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
-from pipeline.config import FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
+from pipeline.config import ATTENTION_NAMES, FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.recipe import build_recipe
 from pipeline.start_cli import add_start_arguments, read_start_arguments
@@ -41,12 +41,13 @@ EXIT_INTERRUPTED = 130
 LoadPipeline = Callable[[Path, str | None], StreamingPipeline]
 
 
-def load_pipeline(folder: Path, device: str | None, memory: str = "auto") -> StreamingPipeline:
+def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attention: str = "auto") -> StreamingPipeline:
     """Load a model folder. Imports torch.
 
     Args:
         device: None takes the GPU if there is one.
         memory: see `memory.placement_for`.
+        attention: see `attention_backends.choose_attention`.
     """
     check_device(device)
     from transformers.utils import logging as transformers_logging
@@ -55,7 +56,8 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto") -> Str
     from pipeline.memory import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
-    return SelfForcingPipeline.from_pretrained(folder, device, placement=placement_for(folder, device, memory))
+    placement = placement_for(folder, device, memory)
+    return SelfForcingPipeline.from_pretrained(folder, device, placement=placement, attention=attention)
 
 
 Work = Callable[[ModelWorker, StreamingPipeline], dict[str, Any]]
@@ -95,7 +97,7 @@ def run_command(
         work = read(options)
         model, device = check_model_folder(options.model), check_device_name(options.device)
         memory = check_memory(options.memory)
-        load = load or partial(load_pipeline, memory=memory)
+        load = load or partial(load_pipeline, memory=memory, attention=options.attention)
         terminate_like_interrupt()
         # Everything said so far came at once; importing torch takes seconds.
         worker = ModelWorker(lambda: load(model, device))
@@ -253,6 +255,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Where it is made, where it goes, and how it is told."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add_memory(parser)
+    add_attention(parser)
     parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="default: a name made from prompt and seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a sentence")
     parser.add_argument("--verbose", action="store_true", help="show warnings and the trace of an error")
@@ -343,6 +346,15 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|off|GB",
         help="fit the model into the GPU's free memory (auto, the default), or into so many GB; off: load all of it",
+    )
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=ATTENTION_NAMES,
+        help="what attends (default: auto, on a GPU the fastest exact one, by measuring; sage is approximate)",
     )
 
 

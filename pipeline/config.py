@@ -30,6 +30,8 @@ MAX_VARIANT = 99
 """Of suggestions for a prompt."""
 SECONDS_RANGE = (0.1, 600.0)
 FPS_RANGE = (1.0, 60.0)
+ATTENTION_NAMES = ("auto", "sdpa", "cudnn", "flash", "efficient", "math", "fa3", "fa2", "sage")
+"""What attends: see `attention_backends.py`. `auto` measures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,10 @@ class Report:
     main_memory: int
     options: dict[str, str]
     """Option -> `works`, or why it does not."""
+    float8: dict[str, Any]
+    """What FP8 is here, see `float8.Float8Form`, in a sentence, too."""
+    attention: dict[str, Any]
+    """`chosen`; `milliseconds` of the backends that were timed; `unusable`: backend -> why."""
     free_disk: int
     model: str
     needs: dict[str, Any]
@@ -100,6 +104,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
     check_device(device_name)
     import torch
 
+    from pipeline.float8 import form_on
     from pipeline.memory import rehearse
     from pipeline.plan import CARDS, plan_for, usable, without_losses
     from weights.store import default_home
@@ -107,6 +112,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     spec, builders = _find(model)
     needs = rehearse(builders, spec, torch.bfloat16)
+    float8 = form_on(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     free, memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
     report = Report(
         python=platform.python_version(),
@@ -118,6 +124,8 @@ def examine(model: str, device_name: str | None = None) -> Report:
         free_memory=free,
         main_memory=psutil.virtual_memory().total,
         options=_options(device, "taehv" in builders),
+        float8=asdict(float8) | {"sentence": float8.sentence()},
+        attention=_attention(builders["transformer"], spec, device),
         free_disk=free_disk(default_home()),
         model=spec.name,
         needs=asdict(needs),
@@ -153,6 +161,22 @@ def _options(device: Any, has_taehv: bool) -> dict[str, str]:
     return {name: missing.get(name, "works") for name in ("taehv", "fp8", "compile")}
 
 
+def _attention(build_transformer: Any, spec: Any, device: Any) -> dict[str, Any]:
+    """What would attend; on a GPU all that can are timed, in the model's shapes."""
+    import torch
+
+    from pipeline.attention_backends import BACKENDS, AttentionShapes, choose_attention
+    from pipeline.device import DeviceFacts
+
+    dtype, facts = torch.bfloat16 if device.type == "cuda" else torch.float32, DeviceFacts.of(device)
+    with torch.device("meta"):
+        shapes = AttentionShapes.of(build_transformer().config, spec)
+    choice = choose_attention("auto", shapes, device, dtype)
+    problems = {name: backend.problem(facts, dtype) for name, backend in BACKENDS.items()}
+    unusable = {name: why for name, why in problems.items() if why is not None} | choice.unusable
+    return {"chosen": choice.name, "title": choice.title, "milliseconds": choice.milliseconds, "unusable": unusable}
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -176,6 +200,8 @@ def advice(report: Report) -> list[str]:
             "programs that use it, or take another device."
         )
     said += [sentence for sentence in report.options.values() if sentence != "works"]
+    if "torchao" in report.float8["why"]:
+        said.append(f"FP8 stores weights in 8 bits here but does not compute in them: {report.float8['why']}.")
     if report.kind == "cpu" and 2 * report.plan["total"] > report.main_memory:
         said.append(
             f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine "
@@ -195,6 +221,13 @@ def as_text(report: Report) -> str:
         f"Packages    {', '.join(packages)}",
         f"Device      {report.device}{memory}",
         *(f"{name:<12}{state}" for name, state in report.options.items()),
+        f"FP8 is      {report.float8['sentence'][:1].lower()}{report.float8['sentence'][1:]}",
+        f"Attention   {report.attention['title']}{_timings(report.attention['milliseconds'])}",
+        *(
+            f"            not {name}: {why}"
+            for name, why in report.attention["unusable"].items()
+            if report.kind != "cpu"
+        ),
         f"Free disk   {report.free_disk / 1e9:.0f} GB for published models",
         "",
         _on_this_device(report),
@@ -207,6 +240,11 @@ def as_text(report: Report) -> str:
         lines += [f"          {note}" for note in plan["notes"]]
     lines += ["", *(report.advice or ["Nothing needs to be changed."])]
     return "\n".join(lines)
+
+
+def _timings(milliseconds: dict[str, float]) -> str:
+    times = ", ".join(f"{name} {time:.2f} ms" for name, time in milliseconds.items())
+    return f" (a layer takes {times})" if times else ", untimed on this device"
 
 
 def _on_this_device(report: Report) -> str:

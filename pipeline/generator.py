@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from pipeline.attention_backends import AttentionChoice, AttentionShapes, choose_attention
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import GenerationRequest, ModelSpec, check_available
@@ -19,9 +20,10 @@ from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
+from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
-from pipeline.options import TransformerOptions, compile_failure, store_in_8_bits, unavailable_options
+from pipeline.options import TransformerOptions, compile_failure, unavailable_options
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
@@ -53,6 +55,7 @@ class SelfForcingPipeline:
         enhancer: fills prompts in, for models with templates for that. The pipeline itself never asks it.
         weights_sha256: of the transformer's file, for the recipe in each video.
         placement: where the parts are; for what is said of a run.
+        attention: the kernel that attends.
         merge_clean_pass: write a finished block into the cache in the same forward as the next block's first step.
             Exact; off, the two are separate forwards, as the authors have it.
     """
@@ -71,6 +74,7 @@ class SelfForcingPipeline:
         weights_sha256: str = "",
         merge_clean_pass: bool = True,
         placement: Placement = AS_THE_MODEL_HAS_IT,
+        attention: AttentionChoice | None = None,
     ) -> None:
         self.spec = spec
         self.text = text
@@ -80,6 +84,8 @@ class SelfForcingPipeline:
         self.weights_sha256 = weights_sha256
         self._transformer = transformer
         self._vae = vae
+        self.attention = attention or AttentionChoice()
+        transformer.use_attention(self.attention.kernel)
         self._decoders: dict[bool, StreamDecoder] = {False: WanStreamDecoder(vae)}
         if taehv is not None:
             self._decoders[True] = TaehvStreamDecoder(taehv)
@@ -97,6 +103,7 @@ class SelfForcingPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         placement: Placement = AS_THE_MODEL_HAS_IT,
+        attention: str = "auto",
     ) -> SelfForcingPipeline:
         """Load a model folder.
 
@@ -106,8 +113,10 @@ class SelfForcingPipeline:
             dtype: default: bfloat16 on a GPU, float32 on the CPU.
             placement: where the parts are, and the size of the KV cache; see `plan.plan_for`. Its `fp8` and `taehv` are
                 up to each request, and only offered as `preset`.
+            attention: one of `ATTENTION_NAMES`; see `attention_backends.choose_attention`.
 
         Raises:
+            OptionUnavailable: that attention cannot be used here.
             WeightsError: something is missing, damaged or of another kind.
         """
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -126,6 +135,8 @@ class SelfForcingPipeline:
 
         # In the order of `CLASSES`, so that what is reported only grows.
         transformer = TransformerOptions(lambda: load("transformer"))
+        # Before there is anything but weights: what the comparison takes of the device's memory, is free now.
+        kernel = choose_attention(attention, AttentionShapes.of(transformer.config, spec), target, dtype)
         visits = target if placement.text_encoder == "offload" else None
         text = TextEncoder(load("text_encoder"), source.load_tokenizer(), spec.text_len, visits=visits)
         vae = load("vae")
@@ -146,6 +157,7 @@ class SelfForcingPipeline:
             enhancer=source.load_enhancer(text.vocabulary),
             weights_sha256=source.sha256("transformer"),
             placement=placement,
+            attention=kernel,
         )
 
     @property
@@ -163,7 +175,9 @@ class SelfForcingPipeline:
         self.spec.check_start(request.start)
         fps = float(self.spec.fps if request.fps is None else request.fps)
         num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
-        dtype = str(self._transformer.dtype).removeprefix("torch.")
+        dtype, fp8 = str(self._transformer.dtype).removeprefix("torch."), self._transformer.fp8_form
+        # Casting weights inside a block interrupts its graph: both together work, in more and smaller pieces.
+        compiled = "in pieces, because of FP8" if request.fp8 and not fp8.row_wise else "on"
         return RunInfo(
             request=request,
             seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
@@ -172,10 +186,10 @@ class SelfForcingPipeline:
             num_frames=num_frames,
             applied={
                 "device": self.device.type,
-                "precision": f"float8 weights, {dtype} arithmetic" if request.fp8 else dtype,
+                "precision": fp8.precision(self._transformer.dtype) if request.fp8 else dtype,
+                "attention": self.attention.title,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
-                # Casting weights inside a block interrupts its graph: both together work, in more and smaller pieces.
-                "compile": ("in pieces, because of FP8" if request.fp8 else "on") if request.compile else "off",
+                "compile": compiled if request.compile else "off",
                 **self.placement.applied(),
             },
             model=self.spec.name,
@@ -260,6 +274,10 @@ class SelfForcingPipeline:
     def known_words(self) -> list[str]:
         """All words the model was trained on, in alphabetical order; empty for a model that reads any text."""
         return sorted(self.text.vocabulary)
+
+    def option_notes(self) -> dict[str, str]:
+        """Option -> one sentence on what it is here, where that depends on the machine."""
+        return {"fp8": self._transformer.fp8_form.sentence()}
 
     def unavailable_options(self) -> dict[str, str]:
         """Option -> one sentence why it cannot work here."""

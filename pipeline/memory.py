@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.errors import OptionUnavailable, WeightsError
+from pipeline.float8 import FP8_STORAGE, goes_row_wise, row_wise_bytes, store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
-from pipeline.options import store_in_8_bits
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for, usable, without_losses
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -45,15 +45,17 @@ class PartNeeds:
 
     Attributes:
         weights: in the model's dtype.
-        fp8_weights: with the layers stored in 8 bits that can be.
+        fp8_weights: with the layers in 8 bits that can be; of the two forms of that, in the larger one.
         kept: what lives from block to block besides weights: a cache, a stream's memory.
         working: what a call takes at its peak besides weights and what is kept.
+        fp8_working: that with row-wise arithmetic in 8 bits, which only a transformer has.
     """
 
     weights: int
     fp8_weights: int
     kept: int
     working: int
+    fp8_working: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
         shape = (1, spec.frames_per_block, *spec.latent_shape(transformer.config.in_channels))
         return ModelNeeds(
             kv_buffers=_kv_buffers(transformer, spec, shape, dtype),
-            transformer=_needs(transformer, lambda model: _denoise(model, spec, shape, dtype), dtype, device),
+            transformer=_transformer_needs(
+                transformer, lambda model: _denoise(model, spec, shape, dtype), dtype, device
+            ),
             text_encoder=_needs(part("text_encoder"), lambda model: _encode(model, spec.text_len), dtype, device),
             decoders={
                 name: _needs(part(name), lambda model, make=make: _decode(make(model), shape), dtype, device)
@@ -208,12 +212,39 @@ def _needs(
 ) -> PartNeeds:
     """Let a part work, a generator that stops after each call, and count; in the end it is stored in 8 bits."""
     weights = _bytes(model)
+    kept, working = _at_work(model, work, device)
+    store_in_8_bits(model, dtype)
+    return PartNeeds(weights, _bytes(model), kept, working)
+
+
+def _transformer_needs(
+    model: CausalWanTransformer3DModel, work: Callable[[Any], Iterator[None]], dtype: torch.dtype, device: torch.device
+) -> PartNeeds:
+    """Of both forms of 8 bits, the larger figures: which one a device gets, it may not be here to tell."""
+    row_wise = row_wise_bytes(model)
+    hooks = [layer.register_forward_pre_hook(_round_input) for layer in model.blocks.modules() if goes_row_wise(layer)]
+    _, working = _at_work(model, work, device)
+    for hook in hooks:
+        hook.remove()
+    needs = _needs(model, work, dtype, device)
+    return replace(needs, fp8_weights=max(needs.fp8_weights, row_wise), fp8_working=working)
+
+
+def _at_work(model: nn.Module, work: Callable[[Any], Iterator[None]], device: torch.device) -> tuple[int, int]:
+    """Bytes that are kept from call to call, and those that a call takes besides."""
     with LiveBytes(device) as counted:
         for _ in work(model):
             kept = counted.live
-        peak = counted.peak
-    store_in_8_bits(model, dtype)
-    return PartNeeds(weights, _bytes(model), kept, peak - kept)
+        return kept, counted.peak - kept
+
+
+def _round_input(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """The tensors that torchao 0.18 makes when it rounds a layer's input without the compiler, all at once."""
+    wide = inputs[0].float()
+    scaled = wide / 1
+    clamped = scaled.clamp(-1, 1)
+    rounded = clamped.to(FP8_STORAGE)
+    del wide, scaled, clamped, rounded
 
 
 def _encode(model: UMT5EncoderModel, text_len: int) -> Iterator[None]:

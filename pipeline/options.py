@@ -1,8 +1,7 @@
 """The three switches of a request, applied to the loaded model between runs and undone again.
 
-`taehv` picks the decoder. `fp8` stores the transformer's weights in 8 bits and computes in the model's own dtype
-(diffusers' layerwise casting): memory halves, speed does not rise. `compile` compiles one transformer block and
-reuses it for all.
+`taehv` picks the decoder. `fp8` keeps the transformer's weights in 8 bits, in the form that the device can use best:
+see `float8.py`. `compile` compiles one transformer block and reuses it for all.
 """
 
 from __future__ import annotations
@@ -17,22 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers.hooks import apply_layerwise_casting
-from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
-from torch import nn
 
+from pipeline.attention import Kernel
 from pipeline.errors import OptionUnavailable
+from pipeline.float8 import form_on, multiply_in_8_bits, store_in_8_bits
 from pipeline.transformer import CausalWanTransformer3DModel
-
-FP8_STORAGE = torch.float8_e4m3fn
-_KEPT_WHOLE = (*DEFAULT_SKIP_MODULES_PATTERN, r"\.wo$")
-"""Layers that are not stored in 8 bits, by name. T5 casts its activations to whatever `wo` is stored in."""
-
-
-def store_in_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of a model's large layers in 8 bits; each computes in `dtype` all the same."""
-    own = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
-    apply_layerwise_casting(model, FP8_STORAGE, dtype, skip_modules_pattern=(*own, *_KEPT_WHOLE))
 
 
 class TransformerOptions:
@@ -45,12 +33,21 @@ class TransformerOptions:
 
     def __init__(self, load: Callable[[], CausalWanTransformer3DModel]) -> None:
         self._load = load
+        self._kernel: Kernel | None = None
         self._transformer: CausalWanTransformer3DModel | None = load()
+        self.config = self._transformer.config
         self.device = self._transformer.device
         self.dtype = self._transformer.dtype
         """Of the arithmetic, whatever the weights are stored in."""
+        self.fp8_form = form_on(self.device, self.dtype)
         self.fp8 = False
         self.compiled = False
+
+    def use_attention(self, kernel: Kernel | None) -> None:
+        """Attend with this kernel from the next run on, also after the weights were loaded anew."""
+        self._kernel = kernel
+        if self._transformer is not None:
+            self._transformer.use_attention(kernel)
 
     def apply(self, *, fp8: bool, compile: bool) -> CausalWanTransformer3DModel:
         """The transformer as asked for; the same object as before if nothing changes."""
@@ -60,10 +57,14 @@ class TransformerOptions:
             gc.collect()
         if self._transformer is None:
             self._transformer = self._load()
+            self._transformer.use_attention(self._kernel)
             self.fp8 = self.compiled = False
         if fp8 and not self.fp8:
             transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
-            store_in_8_bits(transformer, self.dtype)
+            if self.fp8_form.row_wise:
+                multiply_in_8_bits(transformer)
+            else:
+                store_in_8_bits(transformer, self.dtype)
             self._transformer, self.fp8 = transformer, True
         if compile != self.compiled:
             for block in self._transformer.blocks:

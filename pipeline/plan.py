@@ -191,6 +191,7 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
     transformer, text = needs.transformer, needs.text_encoder
     decoder = needs.decoders["taehv" if placement.taehv else "vae"]
     text_weights = text.fp8_weights if placement.text_fp8 else text.weights
+    denoising = max(transformer.working, transformer.fp8_working if placement.fp8 else 0)
     encoding = 0 if placement.text_encoder == "cpu" else text.working
     if placement.text_encoder == "offload":
         encoding += text_weights
@@ -202,7 +203,7 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
         kv_cache=_kv_bytes(needs, spec, placement),
         text_encoder=text_weights if placement.text_encoder == "device" else 0,
         decoder=decoder.kept,
-        workspace=max(transformer.working, decoder.working, encoding),
+        workspace=max(denoising, decoder.working, encoding),
         budget=budget,
     )
 

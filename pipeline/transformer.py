@@ -22,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
-from pipeline.attention import attention
+from pipeline.attention import Kernel, attention
 from pipeline.cache import CacheWindow, KVCache, LayerCache, LayerSnapshot
 from pipeline.rotary import RotaryPositions, Rotation, apply_rotary, rotary_positions
 
@@ -36,6 +36,9 @@ TIME_EMBEDDING = -1
 
 class CausalWanBlock(WanTransformerBlock):
     """One transformer block. Its forward is self-contained: compiled once, it serves all layers."""
+
+    kernel: Kernel | None = None
+    """What attends; None: torch's own choice."""
 
     def forward(
         self,
@@ -60,12 +63,16 @@ class CausalWanBlock(WanTransformerBlock):
 
         x = modulate(hidden, attn_shift, attn_scale, self.norm1.eps)
         query, key, value = self._heads(x, rotation)
-        out = attention(query, key, value, mask) if memory is None else memory.attend(query, key, value)
+        if memory is None:
+            out = attention(query, key, value, mask, self.kernel)
+        else:
+            out = memory.attend(query, key, value, self.kernel)
         hidden = gated_add(hidden, self.attn1.to_out[0](out.flatten(2)), attn_gate)
 
         x = self.norm2(hidden)
         query = self.attn2.norm_q(self.attn2.to_q(x)).unflatten(2, (self.attn2.heads, -1))
-        hidden = hidden + self.attn2.to_out[0](attention(query, text_key, text_value).flatten(2))
+        out = attention(query, text_key, text_value, None, self.kernel)
+        hidden = hidden + self.attn2.to_out[0](out.flatten(2))
 
         x = modulate(hidden, ffn_shift, ffn_scale, self.norm3.eps)
         return gated_add(hidden, self.ffn(x), ffn_gate)
@@ -137,6 +144,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         # super().__init__ was told of no layers; the saved config must have the real number.
         self.register_to_config(num_layers=num_layers, rope_max_seq_len=rope_max_seq_len)
+
+    def use_attention(self, kernel: Kernel | None) -> None:
+        """Attend with this kernel from now on, in all layers."""
+        for block in self.blocks:
+            block.kernel = kernel
 
     def encode_text(self, prompt_embeds: torch.Tensor) -> TextKV:
         """Text MLP and cross-attention projections of prompt_embeds [B, text_len, text_dim], once per prompt.

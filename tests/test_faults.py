@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
-from pipeline import GenerationRequest, SelfForcingPipeline, cache, generator, options, video
+from pipeline import GenerationRequest, SelfForcingPipeline, cache, float8, generator, options, video
 from pipeline import worker as worker_module
 from pipeline.attention import attention
 from pipeline.blocks import FrameBlock, RunInfo
@@ -215,7 +215,7 @@ def test_out_of_memory_while_weights_are_cast_leaves_no_half_cast_model(worker, 
     to, casts = nn.Module.to, itertools.count()
 
     def limited(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if options.FP8_STORAGE in (*args, *kwargs.values()) and next(casts) == 5:
+        if float8.FP8_STORAGE in (*args, *kwargs.values()) and next(casts) == 5:
             raise no_memory()
         return to(module, *args, **kwargs)
 

@@ -14,9 +14,9 @@ import app
 from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, plan
 from pipeline.__main__ import main
 from pipeline.errors import OptionUnavailable, WeightsError
+from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.memory import META, LiveBytes, ModelNeeds, PartNeeds, builders_of, rehearse
-from pipeline.options import store_in_8_bits
 from pipeline.plan import Placement, evaluated, placements, plan_for, usable
 from tests.scripted import ScriptedPipeline
 from weights import blueprints

@@ -62,7 +62,13 @@ def test_blocks_are_streamed(pipe: SelfForcingPipeline) -> None:
     assert [block.elapsed for block in blocks] == sorted(block.elapsed for block in blocks)
     run = blocks[0].run
     assert (run.seed, run.fps, run.num_blocks, run.num_frames, run.seconds) == (7, 12, 3, 33, 33 / 12)
-    assert run.applied == {"device": "cpu", "precision": "float32", "decoder": "Wan VAE", "compile": "off"}
+    assert run.applied == {
+        "device": "cpu",
+        "precision": "float32",
+        "attention": "PyTorch's choice",
+        "decoder": "Wan VAE",
+        "compile": "off",
+    }
     assert len(run.weights_sha256) == 64
 
 

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pipeline.config import ATTENTION_NAMES
+from pipeline.float8 import INSTALL_TORCHAO, Float8Form
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +83,7 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
         ("Letting others in", [APP]),
         ("The command line", [CLI, COMPARE, ENHANCE]),
         ("Memory", [CLI, DOCTOR]),
+        ("FP8 and attention", [CLI, ("scripts/prove_on_gpu.py",)]),
     ],
 )
 def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:
@@ -86,6 +91,14 @@ def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]])
     options = set(re.findall(r"--[a-z][a-z0-9-]+", section)) - {"--index-url"}
     shown = "".join(run(*program, "--help").stdout for program in programs) if options else ""
     assert not [option for option in options if option not in shown]
+
+
+def test_every_attention_backend_is_listed() -> None:
+    (section,) = re.findall(r"^## FP8 and attention\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    table = "".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+    assert [name for name in ATTENTION_NAMES if f"`{name}`" not in table] == []
+    assert Float8Form(True).precision(torch.bfloat16) in table and Float8Form(False).precision(torch.bfloat16) in table
+    assert INSTALL_TORCHAO in section
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

@@ -44,6 +44,11 @@ class AdaptedPipeline:
         """Options that should be on here, for want of memory."""
         return dict(getattr(self._pipeline, "preset", {}))
 
+    def option_notes(self) -> dict[str, str]:
+        """Option -> what it is on this machine, for pipelines that tell."""
+        notes = getattr(self._pipeline, "option_notes", None)
+        return {} if notes is None else dict(notes())
+
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         if request.fps is None:
             request = replace(request, fps=self.fps)

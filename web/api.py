@@ -219,6 +219,7 @@ class Endpoints:
             },
             "unavailable": model.unavailable_options(),
             "start_frames": _start_frames(model),
+            "notes": model.option_notes(),
             "known_words": model.known_words(),
             "enhancers": page.help.kinds(model),
         }

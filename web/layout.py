@@ -162,7 +162,7 @@ class Layout:
         """Component -> its settings for this model, whatever model it was fitted to before."""
         words = model.known_words()
         plan = pieces.settings_notice(self.seed.value, model.fps, self.seconds.value, self._longest, model)
-        unavailable = model.unavailable_options()
+        unavailable, notes = model.unavailable_options(), model.option_notes()
         fitted = {
             self.arrival: {"active": False},
             self.header: {"value": pieces.header(model)},
@@ -178,9 +178,10 @@ class Layout:
             **self.suggestion.fitted_to(self._help.kinds(model)),
         }
         for name, option in self.options.items():
-            fitted[option] = {"info": OPTIONS[name][1], "interactive": True}
+            said = " ".join(filter(None, (OPTIONS[name][1], notes.get(name))))
+            fitted[option] = {"info": said, "interactive": True}
             if name in model.preset:
-                fitted[option] |= {"value": True, "info": f"{OPTIONS[name][1]} {PRESET}"}
+                fitted[option] |= {"value": True, "info": f"{said} {PRESET}"}
             if name in unavailable:
                 fitted[option] = {"info": unavailable[name], "interactive": False, "value": False}
         return fitted | self.compare.fitted_to(unavailable, model.preset) | self.start.fitted_to(model)

@@ -1,0 +1,38 @@
+"""What a device is, as far as the choice of kernels depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """Asked of the driver once, and never of a device's name: an H200 is a Hopper without the word in it.
+
+    Attributes:
+        kind: `cpu`, `cuda` or `xpu`.
+        capability: of an NVIDIA GPU, (8, 9) for Ada and (9, 0) for Hopper; None for anything else.
+        rocm: AMD's GPUs are called `cuda` as well.
+    """
+
+    kind: str
+    capability: tuple[int, int] | None = None
+    rocm: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceFacts:
+        rocm = torch.version.hip is not None
+        if device.type != "cuda" or rocm:
+            return cls(device.type, rocm=rocm)
+        return cls("cuda", torch.cuda.get_device_capability(device))
+
+    def at_least(self, major: int, minor: int = 0) -> bool:
+        """Whether it is an NVIDIA GPU of this capability or a later one."""
+        return self.capability is not None and self.capability >= (major, minor)
+
+    def __str__(self) -> str:
+        if self.capability is not None:
+            return f"a GPU of capability {self.capability[0]}.{self.capability[1]}"
+        return {"cpu": "a CPU", "cuda": "an AMD GPU"}.get(self.kind, self.kind)

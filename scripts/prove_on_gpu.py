@@ -1,0 +1,384 @@
+"""Proof on a GPU, without any download: random weights in the published shapes, every plan, every switch, ten runs.
+
+    python scripts/prove_on_gpu.py --report runs/gpu-proof.json             # on the GPU, under eight minutes
+    python scripts/prove_on_gpu.py --small --device cpu                     # the same steps with a tiny model
+
+Parts, in this order (`--parts` names some):
+
+* `plans`: for cards of 8 to 80 GB, the plan that `--memory` would take, with torch kept to that much memory;
+* `attention`: every backend forced, and what `auto` measures;
+* `growth`: memory after each of ten runs, with switches changing between them;
+* `switches`: each on and off again, which must give the first video back bit for bit; FP8 and torch.compile together.
+
+What fails is told and the rest goes on. The last thing printed is a table; the exit code is 1 if a row failed. Nothing
+is said of the pictures: the weights are random. Takes 15 GB of disk and 30 GB of main memory in the published shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from pipeline import GenerationRequest, SelfForcingPipeline  # noqa: E402
+from pipeline.attention_backends import BACKENDS, AttentionChoice, AttentionShapes, choose_attention  # noqa: E402
+from pipeline.errors import OptionUnavailable  # noqa: E402
+from pipeline.folder import ModelFolder, index_entries  # noqa: E402
+from pipeline.memory import GB, META, builders_of, rehearse  # noqa: E402
+from pipeline.plan import CARDS, DRIVER_BYTES, MemoryPlan, plan_for, usable  # noqa: E402
+from scripts.prove_published import random_tensor, take_folder  # noqa: E402
+from tests.hub import write_tokenizer  # noqa: E402
+from tests.small import write_model_folder  # noqa: E402
+from weights import blueprints  # noqa: E402
+from weights.manifest import load_manifest  # noqa: E402
+
+PROMPT = "a red balloon rises over the mountains"
+WEIGHT_FILES = {"text_encoder": "model.safetensors"}
+"""Part -> what its library calls the file; the others: diffusers' name."""
+GROWTH_ALLOWED = {"cuda": 1 << 20, "cpu": 64 << 20}
+"""Bytes from a kind's second run to its last. A process's memory on a CPU says little: allocators keep some."""
+
+
+@dataclass
+class Row:
+    """What one case came to."""
+
+    part: str
+    case: str
+    passed: bool
+    seconds: float
+    facts: dict[str, Any]
+    error: str = ""
+
+    def line(self) -> str:
+        told = ", ".join(f"{name} {value}" for name, value in self.facts.items()) or self.error
+        if self.facts and self.error:
+            told = f"{self.error}; {told}"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.part:<10}{self.case:<16}{self.seconds:>7.1f} s  {told}"
+
+
+class Proof:
+    """The rows so far, the model, and what every part needs.
+
+    Args:
+        folder: of the model.
+        device: to run on.
+        blocks: of each clip.
+        runs: of `growth`.
+        report: JSON file that is written anew after each row, so that whatever ends the script leaves it behind.
+        minutes: cases that would begin later are left out, which fails them.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, blocks: int, runs: int, report: Path | None, minutes: float
+    ) -> None:
+        self.folder, self.device, self.blocks, self.runs = folder, device, blocks, runs
+        self.spec = ModelFolder(folder).spec
+        self.report = report
+        self.rows: list[Row] = []
+        self._until = time.monotonic() + 60 * minutes
+        self._pipe: SelfForcingPipeline | None = None
+
+    def case(self, part: str, name: str, action: Callable[[], dict[str, Any]]) -> None:
+        """Run a case: what it returns are facts, of which `passed` may be false; what it raises becomes a row, too."""
+        began = time.perf_counter()
+        facts, error = {}, ""
+        if time.monotonic() > self._until:
+            error = "left out: the time is over"
+        else:
+            try:
+                facts = action()
+            except Exception as raised:
+                error = _told(raised)
+        passed = facts.pop("passed", True) and not error
+        self.add(Row(part, name, passed, round(time.perf_counter() - began, 1), facts, error))
+        self.clean()
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(row.line(), flush=True)
+        if self.report is not None:
+            self.report.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        return {
+            "passed": bool(self.rows) and all(row.passed for row in self.rows),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "torch": torch.__version__,
+            "model": self.spec.name,
+            "blocks": self.blocks,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    # ---- memory and runs
+
+    def clean(self) -> None:
+        """Let go of what nobody holds, and count peaks anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def held(self) -> int:
+        """Bytes of living tensors on a GPU; of the process on a CPU."""
+        gc.collect()
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def peak(self) -> int | None:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+
+    def load(self, **settings: Any) -> SelfForcingPipeline:
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return SelfForcingPipeline.from_pretrained(self.folder, self.device, dtype, **settings)
+
+    def pipe(self) -> SelfForcingPipeline:
+        """Everything on the device, loaded at the first use: reading the text encoder takes longer than a clip."""
+        if self._pipe is None:
+            self._pipe = self.load()
+        return self._pipe
+
+    def request(self, blocks: int, **changes: Any) -> GenerationRequest:
+        seconds = self.spec.frames_in(blocks) / self.spec.fps
+        return replace(GenerationRequest(prompt=PROMPT, seed=7, seconds=seconds), **changes)
+
+    def make(
+        self, pipe: SelfForcingPipeline, blocks: int | None = None, **changes: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """A clip, and facts: what was applied, the first frame's and the rest's speed."""
+        blocks = blocks or self.blocks
+        video = pipe.generate(self.request(blocks, **changes))
+        later = self.spec.frames_in(blocks) - self.spec.frames_in(1)
+        fps = round(later / (video.elapsed - video.time_to_first_frame), 1) if later else None
+        applied = {name: video.run.applied[name] for name in ("precision", "attention", "decoder", "compile")}
+        return video.frames, {**applied, "first_frame_s": round(video.time_to_first_frame, 2), "later_fps": fps}
+
+
+def prove_plans(proof: Proof) -> None:
+    """Each card's plan makes a clip in that card's memory."""
+    with torch.inference_mode():
+        needs = rehearse(builders_of(proof.folder), proof.spec, torch.bfloat16)
+    total = torch.cuda.mem_get_info(proof.device)[1] if proof.device.type == "cuda" else None
+
+    def run(plan: MemoryPlan, size: int) -> dict[str, Any]:
+        if total is not None:  # the driver takes its share of a card, but not of what torch may have
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (size * GB - DRIVER_BYTES) / total), proof.device)
+        try:
+            placement = plan.placement
+            pipe = proof.load(placement=placement)
+            _, facts = proof.make(pipe, **placement.preset)
+            peak = proof.peak()
+        finally:
+            if total is not None:
+                torch.cuda.set_per_process_memory_fraction(1.0, proof.device)
+        return {
+            "planned_gb": round(plan.total / GB, 2),
+            "peak_gb": None if peak is None else round(peak / GB, 2),
+            "fits": plan.fits,
+            **facts,
+            **placement.applied(),
+            "passed": plan.fits,
+        }
+
+    for size in CARDS:
+        if total is not None and size * GB > 1.05 * total:
+            print(f"     plans     {size} GB: this card has {total / GB:.0f}", flush=True)
+            continue
+        plan = plan_for(needs, proof.spec, usable(size * GB))
+        proof.case("plans", f"{size} GB", lambda plan=plan, size=size: run(plan, size))
+
+
+def prove_attention(proof: Proof) -> None:
+    """`auto`, and each backend by name: a clip with it, compared with that of torch's own choice."""
+    pipe = proof.pipe()
+    shapes = AttentionShapes.of(pipe._transformer.config, proof.spec)
+    chosen = pipe.attention
+
+    def use(choice: AttentionChoice) -> None:
+        pipe.attention = choice
+        pipe._transformer.use_attention(choice.kernel)
+
+    use(AttentionChoice())
+    plain, _ = proof.make(pipe)
+
+    def run(name: str) -> dict[str, Any]:
+        try:
+            use(choose_attention(name, shapes, proof.device, pipe._transformer.dtype))
+        except OptionUnavailable as why:
+            return {"not_here": str(why).partition(". What can")[0]}
+        frames, facts = proof.make(pipe)
+        measured = {"milliseconds": pipe.attention.milliseconds, "unusable": pipe.attention.unusable}
+        return {**facts, "psnr": psnr(frames, plain), **(measured if name == "auto" else {})}
+
+    for name in ("auto", *BACKENDS):
+        if name == "math" and proof.device.type == "cuda" and shapes.queries * max(shapes.keys) > 10**8:
+            print("     attention math: its scores alone would take gigabytes", flush=True)
+            continue
+        proof.case("attention", name, lambda name=name: run(name))
+    use(chosen)
+
+
+def prove_growth(proof: Proof) -> None:
+    """Memory after each run. Three kinds of run take turns, and each is compared with its own earlier ones."""
+    kinds: list[dict[str, bool]] = [{}, {"taehv": True}, {"fp8": True}]
+
+    def run() -> dict[str, Any]:
+        pipe, held = proof.pipe(), []
+        for index in range(proof.runs):
+            proof.make(pipe, min(2, proof.blocks), seed=index, **kinds[index % len(kinds)])
+            held.append(proof.held())
+        grown = [max(0, held[first::3][-1] - held[first::3][1]) for first in range(3) if len(held[first::3]) > 1]
+        return {
+            "held_mb": [round(count / 2**20) for count in held],
+            "largest_growth_bytes": max(grown, default=0),
+            "passed": bool(grown) and max(grown) <= GROWTH_ALLOWED[proof.device.type],
+        }
+
+    proof.case("growth", f"{proof.runs} runs", run)
+
+
+def prove_switches(proof: Proof) -> None:
+    """Each switch changes the clip, and switched off gives the first one back."""
+    pipe = proof.pipe()
+    plain, facts = proof.make(pipe)
+    proof.case("switches", "none", lambda: facts)
+    unavailable = pipe.unavailable_options()
+
+    def run(*names: str) -> dict[str, Any]:
+        if missing := [unavailable[name] for name in names if name in unavailable]:
+            return {"not_here": missing[0]}
+        began = time.perf_counter()
+        proof.make(pipe, **dict.fromkeys(names, True))  # what happens only once
+        prepared = time.perf_counter() - began
+        frames, facts = proof.make(pipe, **dict.fromkeys(names, True))
+        peak = proof.peak()
+        back, _ = proof.make(pipe)
+        same = bool(np.array_equal(back, plain))
+        return {
+            **facts,
+            "first_run_s": round(prepared, 1),
+            "psnr": psnr(frames, plain),
+            "peak_gb": None if peak is None else round(peak / GB, 2),
+            "comes_back": same,
+            "passed": same,
+        }
+
+    for names in (("fp8",), ("taehv",), ("compile",), ("fp8", "compile")):
+        proof.case("switches", "+".join(names), lambda names=names: run(*names))
+
+
+PARTS = {"plans": prove_plans, "attention": prove_attention, "growth": prove_growth, "switches": prove_switches}
+
+
+def _told(error: Exception) -> str:
+    """The first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def psnr(frames: np.ndarray, plain: np.ndarray) -> float | None:
+    """In dB; None where both are equal."""
+    error = float(((frames.astype(np.float32) - plain) ** 2).mean())
+    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
+
+
+def write_published(folder: Path, name: str) -> None:
+    """A model folder in the shapes of a manifest's model, bfloat16, with random weights."""
+    model = load_manifest().model(name)
+    for part, build in blueprints.builders_of(model).items():
+        with META:
+            network = build()
+        target = folder / part
+        target.mkdir(parents=True)
+        config = network.config
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(target)
+        else:
+            network.save_config(target)
+        file = target / WEIGHT_FILES.get(part, "diffusion_pytorch_model.safetensors")
+        save_file(random_state(network), file, metadata={"format": "pt"})
+    write_tokenizer(folder / "tokenizer")
+    index = {**index_entries(), "settings": dict(model.settings)}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def random_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for a network without content; what has two names is written once."""
+    shared = {"encoder.embed_tokens.weight"}
+    return {
+        name: random_tensor(name, tuple(tensor.shape), torch.bfloat16)
+        for name, tensor in network.state_dict().items()
+        if name not in shared
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu-proof", help="folder for the random model")
+    parser.add_argument("--report", type=Path, help="JSON to write, after each row")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1 or cpu")
+    parser.add_argument("--model", default="self-forcing-dmd", help="entry of the manifest whose shapes are taken")
+    parser.add_argument("--small", action="store_true", help="a tiny model instead, to try the script")
+    parser.add_argument("--blocks", type=int, help="of each clip (default: as many as the window holds)")
+    parser.add_argument("--runs", type=int, default=10, help="of the part `growth` (default: 10)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no case begins later than this (default: 7.5)")
+    options = parser.parse_args(argv)
+    options.parts = options.parts.split(",")
+    if unknown := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}")
+    if options.runs < 6:
+        parser.error("growth compares three kinds of run with themselves: --runs must be at least 6")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --small --device cpu tries the script without one")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the proof. Returns 0, or 1 if a row failed."""
+    options = parse(argv)
+    began = time.monotonic()
+    take_folder(options.work)
+    folder = options.work / "model"
+    if options.small:
+        write_model_folder(folder)
+    else:
+        write_published(folder, options.model)
+    spec = ModelFolder(folder).spec
+    built = time.monotonic() - began
+    print(f"{spec.name} with random weights, written in {built:.0f} s", flush=True)
+    blocks = options.blocks or spec.window_frames // spec.frames_per_block
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    proof = Proof(folder, device, blocks, options.runs, options.report, options.minutes - built / 60)
+    for part in options.parts:
+        try:
+            PARTS[part](proof)
+        except Exception as error:  # between its cases
+            proof.add(Row(part, "itself", False, 0.0, {}, _told(error)))
+        proof.clean()
+    print("\n" + "\n".join(row.line() for row in proof.rows))
+    failed = sum(not row.passed for row in proof.rows)
+    print(f"{len(proof.rows)} rows, {failed} failed, {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0 if proof.as_dict()["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
