@@ -1,4 +1,4 @@
-"""Whether the reference mode makes the same video as the pipeline. Without that, a ratio of their speeds means nothing."""
+"""Whether the reference mode makes the same video as the pipeline: without that, a ratio of speeds means nothing."""
 
 from __future__ import annotations
 

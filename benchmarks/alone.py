@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean, median, quantiles
 from typing import Any
 
-from benchmarks.session import PROMPT, Session, thread_count
+from benchmarks.session import Session, thread_count
 from benchmarks.watch import WatchedPipeline
 from pipeline.blocks import FrameBlock
 from pipeline.config import GenerationRequest
@@ -106,7 +106,7 @@ def rollout(session: Session) -> dict[str, Any]:
 def length(session: Session) -> dict[str, Any]:
     """What a longer video costs with the model's window, and if every block saw all before it."""
     blocks, spec = session.scale.length_blocks, session.spec
-    everything = WatchedPipeline.beside(session.pipeline(), window_frames=blocks * spec.frames_per_block)
+    everything = WatchedPipeline.beside(session.pipeline(), window=(blocks * spec.frames_per_block, 0))
     request = session.request(blocks, taehv=session.has_taehv)
     found: dict[str, list[float]] = {}
     with thread_count(session.threads):

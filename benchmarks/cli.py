@@ -37,6 +37,7 @@ PARTS = {
     "encoding": "processor time of encoding",
 }
 SPEEDUPS = ("block_fp32", "block_bf16", "stream")
+"""What is always told, be it null."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,13 +117,14 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
     from benchmarks.session import QUICK, Scale, Session
     from benchmarks.watch import WatchedPipeline
     from pipeline.folder import ModelFolder
-    from pipeline.memory import builders_of
+    from pipeline.memory import builders_of, placement_for
 
     transformers_logging.disable_progress_bar()
+    placement = placement_for(folder, device_name, "auto")
     session = Session(
-        load=lambda device, dtype: WatchedPipeline.from_pretrained(folder, device, dtype),
+        load=lambda device, dtype: WatchedPipeline.from_pretrained(folder, device, dtype, placement),
         builders=builders_of(folder),
-        spec=ModelFolder(folder).spec,
+        spec=placement.fitted(ModelFolder(folder).spec),
         device=torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu")),
         folder=str(folder),
         scale=QUICK if options.quick else Scale(),
@@ -133,15 +135,20 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
 
 def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Callable[[str], None] = say) -> dict:
     """Measure the named parts. Returns the result as it is written and printed."""
+    import torch
+
     from benchmarks import alone, fresh, machine, side_by_side
     from benchmarks.results import SCHEMA, plain
 
     agreement = None
-    if "reference" in names:
-        note("Checking that the reference mode makes the same video")
+
+    def reference() -> dict[str, Any]:
+        nonlocal agreement
         agreement = side_by_side.check_agreement(session)
+        return side_by_side.against_reference(session, agreement)
+
     work: Mapping[str, Callable[[], dict[str, Any]]] = {
-        "reference": lambda: side_by_side.against_reference(session, agreement),
+        "reference": reference,
         "switches": lambda: side_by_side.switches(session),
         "speed": lambda: alone.speed(session),
         "first_frame": lambda: alone.first_frame(session),
@@ -152,12 +159,16 @@ def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Ca
         "encoding": lambda: alone.encoding(session),
     }
     before, parts = machine.load(), {}
+    missing = {name: "It was not asked for." for name in PARTS if name not in names}
     for name, measured in work.items():
-        if name in names:
-            note(f"Measuring {PARTS[name]}")
+        if name in missing:
+            continue
+        note(f"Measuring {PARTS[name]}")
+        try:
             parts[name] = measured()
+        except torch.OutOfMemoryError:
+            missing[name] = "The memory of the GPU does not suffice for it."
     compared = parts.get("reference")
-    unmeasured = dict.fromkeys(SPEEDUPS)
     result = {
         "schema": SCHEMA,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -167,10 +178,10 @@ def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Ca
         "load": [before, machine.load()],
         "scale": asdict(session.scale),
         "agreement": agreement and agreement.as_dict(),
-        "speedup_vs_reference": compared["speedup_vs_reference"] if compared else unmeasured,
-        "why_null": compared["why_null"] if compared else dict.fromkeys(SPEEDUPS, ["It was not asked for."]),
+        "speedup_vs_reference": compared["speedup_vs_reference"] if compared else dict.fromkeys(SPEEDUPS),
+        "why_null": compared["why_null"] if compared else dict.fromkeys(SPEEDUPS, [missing["reference"]]),
         "parts": parts,
-        "not_measured": {name: "It was not asked for." for name in PARTS if name not in names},
+        "not_measured": missing,
     }
     return plain(result)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -63,6 +65,7 @@ def interleave(
     clock: Clock,
     *,
     seed: int = 0,
+    until: float = math.inf,
     on_block: Callable[[str, FrameBlock, torch.Tensor], None] = lambda *_: None,
 ) -> dict[str, Timing]:
     """Make `rounds` videos with every variant, and one before them that does not count.
@@ -70,11 +73,14 @@ def interleave(
     Args:
         requests: rounds are counted from 0; the one before them is -1.
         seed: of the shuffling.
+        until: no round but the first is begun after this time of `time.perf_counter`.
         on_block: is told of every block of round 0, with its latents, while nothing is timed.
     """
     draw = random.Random(seed)
     timings = {name: Timing([], []) for name in variants}
     for number in range(-1, rounds):
+        if number > 0 and time.perf_counter() > until:
+            break
         base = requests(number)
         streams = {name: variant.stream(replace(base, **variant.changes)) for name, variant in variants.items()}
         found: dict[str, list[tuple[Reading, Reading]]] = {name: [] for name in variants}

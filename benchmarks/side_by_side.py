@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.agreement import Agreement, compare, difference
+from benchmarks.cli import SPEEDUPS
 from benchmarks.interleave import Timing, Variant, interleave
 from benchmarks.ratios import Ratio, noise, paired_ratio
 from benchmarks.session import PROMPT, SEED, Session, thread_count
@@ -25,7 +26,6 @@ OURS, AGAIN, REFERENCE = "ours", "ours again", "reference"
 BF16 = ", bfloat16"
 EMULATED = "This processor has no bfloat16 arithmetic: it would go by way of float32, many times more slowly."
 DISAGREES = "The reference mode does not make the same video as the pipeline in float32, so no ratio is given."
-SPEEDUPS = ("block_fp32", "block_bf16", "stream")
 AGREEMENT_BLOCKS = 5
 
 
@@ -90,8 +90,8 @@ class RatioTable:
 def against_reference(session: Session, agreement: Agreement) -> dict[str, Any]:
     """The ratios of `SPEEDUPS`, and what they rest on.
 
-    All have the same baseline: the reference mode in the dtype that is the device's default, but for `block_fp32`, which
-    has float32 on both sides. `stream` decodes with TAEHV, if the model has it, and encodes each block.
+    All have the same baseline, the reference mode in the dtype that is the device's default; only `block_fp32` has
+    float32 on both sides. `stream` decodes with TAEHV, if the model has it, and encodes each block.
     """
     fp32, bf16, base = torch.float32, torch.bfloat16, session.default_dtype
     with_bf16 = not machine.emulates_bfloat16(session.device)
@@ -143,11 +143,7 @@ def switches(session: Session) -> dict[str, Any]:
     """Each switch alone against the default: how many times as fast, and what it changes in the picture."""
     ours = session.pipeline()
     unavailable = ours.unavailable_options()
-    variants = {
-        OURS: Variant(ours),
-        AGAIN: Variant(WatchedPipeline.beside(ours)),
-        "separate clean pass": Variant(WatchedPipeline.beside(ours, merge_clean_pass=False)),
-    }
+    variants = {"separate clean pass": Variant(WatchedPipeline.beside(ours, merge_clean_pass=False))}
     missing: dict[str, str] = {}
     for name in ("taehv", "fp8", "compile"):
         if name in unavailable:
@@ -160,30 +156,59 @@ def switches(session: Session) -> dict[str, Any]:
         missing["bfloat16"] = EMULATED
     else:
         variants[str(other).removeprefix("torch.")] = Variant(session.pipeline(other))
+    rows = against_default(session, variants)
+    return {"default": str(session.default_dtype).removeprefix("torch."), "rows": rows, "missing": missing}
 
-    frames: dict[str, list[np.ndarray]] = {name: [] for name in variants}
-    latents: dict[str, list[torch.Tensor]] = {name: [] for name in variants}
+
+APPROXIMATE = ("taehv", "fp8", "bfloat16")
+"""Names, or parts of names, of the variants that do not compute the same but for rounding."""
+
+
+def against_default(
+    session: Session,
+    variants: Mapping[str, Variant],
+    until: float = math.inf,
+    *,
+    changes: Mapping[str, bool] | None = None,
+    how_much_faster_is_the_default: bool = False,
+) -> dict[str, Any]:
+    """Name -> how many times as fast a variant is as the default, and what it changes.
+
+    Args:
+        until: see `interleave`.
+        changes: what the default's request has switched on.
+        how_much_faster_is_the_default: turn the ratios round.
+    """
+    ours, changes = session.pipeline(), changes or {}
+    copies = {OURS: Variant(ours, changes), AGAIN: Variant(WatchedPipeline.beside(ours), changes)}
+    compared = copies | dict(variants)
+    frames: dict[str, list[np.ndarray]] = {name: [] for name in compared}
+    latents: dict[str, list[torch.Tensor]] = {name: [] for name in compared}
 
     def keep(name: str, block: FrameBlock, made: torch.Tensor) -> None:
         frames[name].append(block.frames)
         latents[name].append(made.float().cpu())
 
     with thread_count(session.ratio_threads):
-        requests = _requests(session)
-        timings = interleave(variants, requests, session.scale.rounds, session.clock, seed=SEED, on_block=keep)
+        requests, rounds = _requests(session), session.scale.rounds
+        timings = interleave(compared, requests, rounds, session.clock, seed=SEED, until=until, on_block=keep)
     table = RatioTable(session, timings)
-    rows = {}
-    for name in variants:
-        if name not in (OURS, AGAIN):
-            block, stream = (table.row(OURS, name, part) for part in ("block", "stream"))
-            rows[name] = {
-                "exact": name in ("separate clean pass", "compile", "float32"),
-                "block": block,
-                "stream": stream,
-                "psnr": picture_psnr(frames[OURS], frames[name]),
-                "latents_differ_by": max(map(difference, latents[name], latents[OURS])),
-            }
-    return {"default": str(session.default_dtype).removeprefix("torch."), "rows": rows, "missing": missing}
+
+    def row(name: str, part: str) -> dict[str, Any]:
+        return table.row(*((name, OURS) if how_much_faster_is_the_default else (OURS, name)), part)
+
+    return {
+        name: {
+            "exact": not any(part in name for part in APPROXIMATE),
+            "block": row(name, "block"),
+            "stream": row(name, "stream"),
+            "block_milliseconds": table.by_block(name),
+            "default_block_milliseconds": table.by_block(OURS),
+            "psnr": picture_psnr(frames[OURS], frames[name]),
+            "latents_differ_by": max(map(difference, latents[name], latents[OURS])),
+        }
+        for name in variants
+    }
 
 
 def picture_psnr(one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> float | None:

@@ -92,17 +92,17 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
         pipeline: SelfForcingPipeline,
         *,
         merge_clean_pass: bool = True,
-        window_frames: int | None = None,
+        window: tuple[int, int] | None = None,
         own_weights: bool = False,
     ) -> Self:
         """Another pipeline with the same weights and a state of its own.
 
         Args:
-            window_frames: of its cache, if it shall be another; without a sink then.
+            window: of its cache, in latent frames, and how many of them are the sink, if it shall be another.
             own_weights: its transformer is a copy, for switches that change weights.
         """
         model = pipeline._transformer.apply(fp8=False, compile=False)
-        changed = {} if window_frames is None else {"window_frames": window_frames, "sink_frames": 0}
+        changed = {} if window is None else dict(zip(("window_frames", "sink_frames"), window, strict=True))
         decoders = pipeline._decoders
         return cls(
             replace(pipeline.spec, **changed),
