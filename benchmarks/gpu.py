@@ -219,7 +219,7 @@ PARTS: dict[str, Part] = {
 
 
 def kernels(session: Session) -> dict[str, Callable[[], contextlib.AbstractContextManager[object]]]:
-    """Suffix of a variant's name -> what its blocks are made within; torch's `flash` is the authors' FlashAttention 2."""
+    """Suffix of a variant's name -> what its blocks are made within. torch's `flash` is FlashAttention 2, as theirs."""
     found: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {"": contextlib.nullcontext}
     if session.device.type == "cuda":
         found[", flash"] = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
