@@ -1,0 +1,1 @@
+"""How fast the pipeline is, measured side by side with what the authors' code does. See docs/benchmarks.md."""

@@ -1,0 +1,145 @@
+"""What is measured of the pipeline alone: frames per second, their limit, first frames, long videos, encoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import mean, median, quantiles
+from typing import Any
+
+from benchmarks.session import Session, thread_count
+from benchmarks.watch import WatchedPipeline
+from pipeline.blocks import FrameBlock
+from pipeline.config import GenerationRequest
+from pipeline.generator import SelfForcingPipeline
+from pipeline.video import SegmentEncoder
+
+PROMPTS = ("a blue car drives along a snowy road at night", "a white bird flies over the sea on a sunny day")
+"""For measuring first frames: one that was not asked for before, and again the same."""
+
+
+def speed(session: Session) -> dict[str, Any]:
+    """Frames per second with each decoder, in whole videos, clean pass and decoding included."""
+    rate = session.rate(session.threads)
+    pipeline, scale = session.pipeline(), session.scale
+    rows = {}
+    with thread_count(session.threads):
+        for decoder in ("vae", "taehv")[: 1 + session.has_taehv]:
+            request = session.request(scale.clip_blocks, taehv=decoder == "taehv")
+            clips = [_block_seconds(pipeline, request) for _ in range(scale.clips + 1)][1:]
+            limit = [session.work.block(block, decoder) / rate for block in range(scale.clip_blocks)]
+            rows[decoder] = clip_figures(session, clips, limit)
+    return {
+        "threads": session.threads,
+        "dtype": str(session.default_dtype).removeprefix("torch."),
+        "product_gflops": rate / 1e9,
+        "blocks": scale.clip_blocks,
+        "clips": scale.clips,
+        "rows": rows,
+    }
+
+
+def clip_figures(session: Session, clips: Sequence[Sequence[float]], limit: Sequence[float]) -> dict[str, Any]:
+    """Figures of several videos of the same length.
+
+    Args:
+        clips: video -> block -> seconds.
+        limit: block -> the least seconds possible, by `roofline.py`.
+    """
+    blocks = len(limit)
+    frames, later = session.spec.frames_in(blocks), session.spec.temporal_stride * session.spec.frames_per_block
+    sustained = median(frames / sum(clip) for clip in clips)
+    last = median(later / clip[-1] for clip in clips) if blocks > 1 else None
+    usual = [seconds for clip in clips for seconds in clip[1:]] or [clip[0] for clip in clips]
+    limit_fps = frames / sum(limit)
+    return {
+        "fps": sustained,
+        "fps_of_each": [frames / sum(clip) for clip in clips],
+        "limit_fps": limit_fps,
+        "of_limit": sustained / limit_fps,
+        "last_block_fps": last,
+        "last_block_limit_fps": later / limit[-1] if blocks > 1 else None,
+        "last_block_of_limit": last * limit[-1] / later if last is not None else None,
+        "measurement_wrong": sustained > limit_fps,
+        "times_playback": sustained / session.spec.native_fps,
+        "block_seconds_median": median(usual),
+        "block_seconds_worst": max(usual),
+        "jitter_p95": (quantiles(usual, n=20, method="inclusive")[-1] if len(usual) > 1 else usual[0]) / median(usual),
+    }
+
+
+def first_frame(session: Session) -> dict[str, Any]:
+    """Seconds to the first frames of a loaded model, for a new prompt and for one that it remembers."""
+    pipeline, found = session.pipeline(), {"new_prompt": [], "cached_prompt": []}
+    with thread_count(session.threads):
+        _first(pipeline, session.request(1))
+        for index in range(max(1, session.scale.clips)):
+            prompt = f"{PROMPTS[index % len(PROMPTS)]}, {index}"
+            for name in found:
+                found[name].append(_first(pipeline, session.request(1, prompt)))
+    return {"threads": session.threads, **{name: median(seconds) for name, seconds in found.items()}}
+
+
+def rollout(session: Session) -> dict[str, Any]:
+    """A long video: does it get slower?"""
+    spec = session.spec
+    blocks = spec.blocks_for(session.scale.rollout_seconds, spec.native_fps)
+    request = session.request(blocks, taehv=session.has_taehv)
+    with thread_count(session.threads):
+        seconds = _block_seconds(session.pipeline(), request)
+    later = spec.temporal_stride * spec.frames_per_block
+    full = -(-spec.window_frames // spec.frames_per_block)  # the first blocks see fewer frames and are faster
+    part = max(1, (blocks - full) // 5)
+    start, end = seconds[full : full + part] or seconds[-1:], seconds[-part:]
+    return {
+        "seconds": spec.frames_in(blocks) / spec.native_fps,
+        "blocks": blocks,
+        "decoder": "taehv" if session.has_taehv else "vae",
+        "fps": spec.frames_in(blocks) / sum(seconds),
+        "fps_with_window_full": later / median(start),
+        "fps_at_end": later / median(end),
+        "end_of_start": median(start) / median(end),
+        "block_seconds": seconds,
+    }
+
+
+def length(session: Session) -> dict[str, Any]:
+    """What a longer video costs with the model's window, and if every block saw all before it."""
+    blocks, spec = session.scale.length_blocks, session.spec
+    everything = WatchedPipeline.beside(session.pipeline(), window=(blocks * spec.frames_per_block, 0))
+    request = session.request(blocks, taehv=session.has_taehv)
+    found: dict[str, list[float]] = {}
+    with thread_count(session.threads):
+        for name, pipeline in {"window": session.pipeline(), "everything": everything}.items():
+            found[name] = []
+            for _ in pipeline.stream(request):
+                found[name].append(pipeline.transformer.wall)
+    frames = [(block + 1) * spec.frames_per_block for block in range(blocks)]
+    return {"latent_frames": frames, "transformer_seconds": found}
+
+
+def encoding(session: Session) -> dict[str, Any]:
+    """Processor time of encoding a frame to a segment, that of the encoder's process included."""
+    with thread_count(session.threads):
+        blocks = list(session.pipeline().stream(session.request(session.scale.clip_blocks)))
+    encoder, cpu, wall = SegmentEncoder(blocks[0].run.fps), [], []
+    for block in blocks:
+        before = session.clock()
+        encoder.encode(block.frames)
+        took = session.clock() - before
+        cpu.append(1000 * took.cpu / len(block.frames))
+        wall.append(1000 * took.wall / len(block.frames))
+    return {"cpu_milliseconds_a_frame": mean(cpu), "wall_milliseconds_a_frame": mean(wall)}
+
+
+def _block_seconds(pipeline: SelfForcingPipeline, request: GenerationRequest) -> list[float]:
+    """Seconds on the wall for each block, from the request on to frames in main memory."""
+    ends = [0.0, *(block.elapsed for block in pipeline.stream(request))]
+    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def _first(pipeline: SelfForcingPipeline, request: GenerationRequest) -> float:
+    began = time.perf_counter()
+    block: FrameBlock = next(iter(pipeline.stream(request)))
+    assert len(block.frames)
+    return time.perf_counter() - began

@@ -1,0 +1,96 @@
+"""The least time that a block can take: its arithmetic at the rate of the fastest matrix products on this device.
+
+What there is to compute is counted where it happens, by running the networks on tensors without content; only fused
+attention, which does nothing there, is counted by formula. Everything else (norms, memory, launches) is taken
+to be free, so this limit cannot be reached, and whoever measures more than it has measured wrongly. One product and its
+sum are two operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import ModelSpec
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.memory import META, Builders
+from pipeline.transformer import CausalWanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """Operations of one block of latent frames.
+
+    Attributes:
+        linear: of one pass, everything but attention.
+        cross_attention: of one pass.
+        self_attention_frame: of one pass, for each latent frame that is attended to.
+        decoders: decoder -> of a block in the middle of a clip.
+        passes: forward passes of a block, the clean one included.
+        window_frames, block_frames: of the cache.
+    """
+
+    linear: float
+    cross_attention: float
+    self_attention_frame: float
+    decoders: dict[str, float]
+    passes: int
+    window_frames: int
+    block_frames: int
+
+    def context(self, block: int) -> int:
+        """Latent frames that block number `block` attends to, itself included."""
+        return min((block + 1) * self.block_frames, self.window_frames)
+
+    def one_pass(self, context: int) -> float:
+        return self.linear + self.cross_attention + self.self_attention_frame * context
+
+    def block(self, block: int, decoder: str | None) -> float:
+        """All passes and the decoding of a block."""
+        decoding = 0.0 if decoder is None else self.decoders[decoder]
+        return self.passes * self.one_pass(self.context(block)) + decoding
+
+
+@torch.inference_mode()
+def count_work(builders: Builders, spec: ModelSpec) -> BlockWork:
+    """Count a model's operations.
+
+    Args:
+        builders: of its parts, as `memory.builders_of` gives them.
+    """
+    with META:
+        model: CausalWanTransformer3DModel = builders["transformer"]()
+    config, frames = model.config, spec.frames_per_block
+    shape = (1, frames, *spec.latent_shape(config.in_channels))
+    rows, columns = model.token_grid(*shape[-2:])
+    width, tokens = config.num_attention_heads * config.attention_head_dim, rows * columns
+    text = [(torch.empty(0, device=META),) * 2] * config.num_layers
+    linear = _operations(lambda: model(torch.zeros(shape, device=META), torch.zeros(1, frames, device=META), text))
+    per_key = 4 * frames * tokens * width * config.num_layers
+    decoders: dict[str, type[StreamDecoder]] = {"vae": WanStreamDecoder, "taehv": TaehvStreamDecoder}
+    return BlockWork(
+        linear=linear,
+        cross_attention=per_key * spec.text_len,
+        self_attention_frame=per_key * tokens,
+        decoders={name: _decoding(kind, builders[name], shape) for name, kind in decoders.items() if name in builders},
+        passes=len(spec.denoising_steps) + 1,
+        window_frames=spec.window_frames,
+        block_frames=frames,
+    )
+
+
+def _decoding(kind: type[StreamDecoder], build: object, shape: tuple[int, ...]) -> float:
+    with META:
+        weights: nn.Module = build()
+    decoder, latents = kind(weights), torch.zeros(shape, device=META)
+    decoder.decode(latents)  # the first block of a clip is another one than those that follow
+    return _operations(lambda: decoder.decode(latents))
+
+
+def _operations(work: object) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
