@@ -286,8 +286,10 @@ class SelfForcingPipeline:
     def _encode(self, start: Start, model: CausalWanTransformer3DModel) -> Sequence[torch.Tensor]:
         """What a clip starts from, as blocks of latents [1, F, C, h, w].
 
-        A picture stands still for a block. The encoder gives the mean of its posterior: nothing is drawn, and the same
-        file gives the same latents.
+        A picture stands still for a block; for a model with blocks of one frame it just is that frame. (To hold it in
+        the first frame of a block that is made, with a timestep of its own, moved no more with the embedded model, and
+        the published block-wise weights have never seen unequal timesteps in a block.) The encoder gives the mean of
+        its posterior: nothing is drawn, and the same file gives the same latents.
         """
         checkpoint()
         frames = torch.tensor(start.frames).permute(0, 3, 1, 2)
