@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import app
 from pipeline import GenerationRequest, SelfForcingPipeline, float8, options
 from pipeline.cli import EMBEDDED_MODEL
 from pipeline.device import DeviceFacts
@@ -26,6 +27,7 @@ from pipeline.folder import ModelFolder
 from pipeline.memory import META, LiveBytes, builders_of, rehearse
 from pipeline.options import TransformerOptions
 from pipeline.transformer import CausalWanTransformer3DModel
+from tests.scripted import ScriptedPipeline
 from tests.small import small_transformer, write_model_folder
 from weights import blueprints
 from weights.manifest import load_manifest
@@ -161,6 +163,18 @@ def test_a_run_says_which_form_it_had(tmp_path: Path, monkeypatch: pytest.Monkey
     pipe._transformer.fp8_form = Float8Form(True)
     assert pipe.plan(both).applied["precision"] == "float8 row-wise arithmetic (torchao)"
     assert pipe.plan(both).applied["compile"] == "on"
+
+
+def test_the_page_says_which_form_it_will_be() -> None:
+    pipeline = ScriptedPipeline()
+    pipeline.option_notes = lambda: {"fp8": "Weights only, because of the moon."}
+    infos = {
+        component["props"]["elem_id"]: component["props"]["info"]
+        for component in app.build_app(pipeline).get_config_file()["components"]
+        if str(component["props"].get("elem_id")).startswith("option-")
+    }
+    assert infos["option-fp8"].endswith("slightly different pictures. Weights only, because of the moon.")
+    assert "moon" not in infos["option-taehv"] + infos["option-compile"]
 
 
 # ---- with torchao
