@@ -15,9 +15,7 @@ from training.curves import Panel, draw
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 PICTURE = Path("docs/images/benchmarks.svg")
-NOTHING = (
-    "Nothing has been measured yet with this version; the first of these commands does, the second writes it here."
-)
+NOTHING = "Nothing has been measured yet with this version: the first command does it, the second one writes it here."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

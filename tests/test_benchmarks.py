@@ -75,7 +75,7 @@ def ratio(value: float = 2.0, *, best: float | None = None, half: float = 0.01, 
 
 def test_a_quiet_machine_gives_its_ratio() -> None:
     assert noise(ratio(), ratio(1.0), 1.0, 2) == []
-    edge = ratio(1 + CONTROL_MEDIAN, half=0.49 * CONTROL_SPREAD)
+    edge = ratio(1 + 0.9 * CONTROL_MEDIAN, half=0.49 * CONTROL_SPREAD)
     assert noise(ratio(best=2 * (1 + 0.9 * BEST_DISAGREES), pairs=FEWEST_PAIRS), edge, 2.0, 2) == []
 
 

@@ -9,7 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from pipeline.cache import CacheWindow
 from pipeline.masks import block_causal, frame_mask
-from pipeline.transformer import CausalWanTransformer3DModel
+from pipeline.rotary import apply_rotary, rotary_positions
+from pipeline.transformer import CausalWanTransformer3DModel, gelu
 from tests.small import (
     HEIGHT,
     TEXT_DIM,
@@ -120,3 +121,16 @@ def test_calls_with_gradients_leave_the_cache_alone_and_see_the_same() -> None:
     of_text = ("attn2.to_k", "attn2.to_v", "attn2.norm_k")  # computed before gradients were on
     for name, parameter in model.blocks.named_parameters():
         assert (parameter.grad is None) == any(part in name for part in of_text), name
+
+
+def test_the_quick_forms_of_a_cpu_are_those_of_other_devices() -> None:
+    x = torch.cat([torch.linspace(-40, 40, 4001), torch.tensor([0.0, 1e20, -1e20, torch.inf, torch.nan])])
+    with torch.no_grad():
+        quick = gelu(x)
+    usual = gelu(x.clone().requires_grad_()).detach()
+    assert torch.allclose(quick, usual, atol=1e-6, rtol=1e-6, equal_nan=True)
+
+    heads = torch.randn(2, 12, 3, 12)
+    rotation = rotary_positions(12, 2, 2)(range(5, 8))
+    wide = tuple(part.double() for part in rotation)
+    assert (apply_rotary(heads, rotation) - apply_rotary(heads.double(), wide)).abs().max() < 1e-6
