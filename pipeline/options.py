@@ -1,8 +1,8 @@
 """The three switches of a request, applied to the loaded model between runs and undone again.
 
 `taehv` picks the decoder. `fp8` stores the transformer's weights in 8 bits and computes in the model's own dtype
-(diffusers' layerwise casting): memory halves, speed does not rise. `compile` compiles one transformer block and
-reuses it for all.
+(diffusers' layerwise casting): memory halves, speed does not rise. `compile` compiles the parts of one transformer
+block, see `compiling`, and all blocks use them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import torch
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 
+from pipeline.compiling import Compiler, Piece, failure_sentence
 from pipeline.errors import OptionUnavailable
-from pipeline.transformer import CausalWanTransformer3DModel
+from pipeline.transformer import CausalWanBlock, CausalWanTransformer3DModel
 
 FP8_STORAGE = torch.float8_e4m3fn
 _KEPT_WHOLE = (*DEFAULT_SKIP_MODULES_PATTERN, r"\.wo$")
@@ -41,10 +43,14 @@ class TransformerOptions:
     Args:
         load: returns a pristine transformer. Weights that went through 8 bits have lost what cannot be put back, so
             switching fp8 off means loading them again.
+        compiler: of the pieces below.
     """
 
-    def __init__(self, load: Callable[[], CausalWanTransformer3DModel]) -> None:
+    def __init__(self, load: Callable[[], CausalWanTransformer3DModel], compiler: Compiler | None = None) -> None:
         self._load = load
+        self.compiler = compiler or Compiler()
+        self.pieces = tuple(Piece(getattr(CausalWanBlock, name), self.compiler) for name in CausalWanBlock.COMPILED)
+        """Parts of a block that `compile` installs in all of them, in the order of `CausalWanBlock.COMPILED`."""
         self._transformer: CausalWanTransformer3DModel | None = load()
         self.device = self._transformer.device
         self.dtype = self._transformer.dtype
@@ -65,14 +71,20 @@ class TransformerOptions:
             transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
             store_in_8_bits(transformer, self.dtype)
             self._transformer, self.fp8 = transformer, True
-        if compile != self.compiled:
+        if (compile and self.compiles(fp8)) != self.compiled:
+            self.compiled = not self.compiled
             for block in self._transformer.blocks:
-                if compile:
-                    block.compile()
-                else:
-                    block._compiled_call_impl = None  # `Module.compile` has no counterpart; this is all that it sets
-            self.compiled = compile
+                for name, piece in zip(CausalWanBlock.COMPILED, self.pieces, strict=True):
+                    if self.compiled:
+                        vars(block)[name] = MethodType(piece, block)  # in front of the class's own
+                    else:
+                        del vars(block)[name]
         return self._transformer
+
+    def compiles(self, fp8: bool) -> bool:
+        """Whether blocks can be compiled in this state. Casting changes a layer's weights around each of its calls:
+        no two threads may do that at once, and compiled code would end in front of each."""
+        return not fp8
 
 
 def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]:
@@ -102,5 +114,5 @@ def compile_failure(error: Exception) -> OptionUnavailable | None:
     """What to tell the user if `error` comes from the compiler and not from the model."""
     module = type(error).__module__
     if module.startswith(("torch._dynamo", "torch._inductor")):
-        return OptionUnavailable("torch.compile failed on this machine. Switch it off; the next run works without it.")
+        return OptionUnavailable(failure_sentence(error))
     return None

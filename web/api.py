@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from pipeline.compare import read_switches
-from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE
+from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE, GenerationRequest
 from pipeline.errors import SelfForcingError
+from web.adapter import AdaptedPipeline
 from web.comparing import ComparisonUpdate
 from web.events import refusal, session_of, shown
 from web.generation import DEFAULT_SECONDS, Update
@@ -145,8 +146,9 @@ class Endpoints:
         """What can be asked for here: limits and defaults of every field, options that cannot work and why.
 
         Returns:
-            Model, frame size, limits, defaults, unavailable options, the words of a small model (empty: any), and what
-            makes suggestions for prompts.
+            Model, frame size, limits, defaults, unavailable options, how far torch.compile is (state: off, warming,
+            ready or failed; done, total, seconds_left, reason) for the default options, the words of a small model
+            (empty: any), and what makes suggestions for prompts.
         """
         page = self._page
         try:
@@ -176,6 +178,7 @@ class Endpoints:
                 **model.preset,
             },
             "unavailable": model.unavailable_options(),
+            "compile": _compile_state(model),
             "known_words": model.known_words(),
             "enhancers": page.help.kinds(model),
         }
@@ -248,6 +251,12 @@ class Endpoints:
                 yield update.files and update.files.both, update.report, _comparison_progress(update)
         except SelfForcingError as error:
             raise refusal(error) from error
+
+
+def _compile_state(model: AdaptedPipeline) -> dict[str, Any] | None:
+    """None for a pipeline that compiles nothing."""
+    state = model.compile_state(GenerationRequest(prompt="any", **model.preset))
+    return None if state is None else state.as_dict()
 
 
 def _progress(update: Update) -> dict[str, Any]:

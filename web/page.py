@@ -34,6 +34,7 @@ from web.models import ModelChoices, ModelMenu
 from web.sessions import Expected, Kind, Place, Ticket, sessions_ahead
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
+from web.warming_events import wire_warming
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class Page:
             self.comparer = Comparer(self.generator)
             self._wire()
             wire_suggestions(self)
+            wire_warming(self)
             wire_comparison(self, self.ui.compare)
             if self.ui.models is not None:
                 wire_models(self, self.ui.models)
