@@ -25,18 +25,27 @@ _given_up = False
 
 def folder() -> Path:
     """Where compiled code is kept."""
-    if chosen := os.environ.get(TORCH_VARIABLE):
+    if (chosen := os.environ.get(TORCH_VARIABLE)) and not _is_torchs_own(chosen):
         return Path(chosen)
     home = os.environ.get(HOME_VARIABLE) or os.path.join(os.path.expanduser("~"), ".cache", "self-forcing")
     return Path(home) / "compile"
 
 
+def _is_torchs_own(chosen: str) -> bool:
+    """Whether nobody has chosen this folder: torch puts its default into the variable as soon as it is imported."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    except ImportError:  # it is no public name
+        return False
+    return os.path.abspath(chosen) == os.path.abspath(default_cache_dir())
+
+
 def use() -> None:
     """Have torch's compiler use `folder`, if nobody has chosen another one and it can be written to."""
     global _own
-    if TORCH_VARIABLE in os.environ:
-        return
     chosen = folder()
+    if os.environ.get(TORCH_VARIABLE) == str(chosen):
+        return
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,6 +105,24 @@ def _build(value: Any) -> Any:
     return build(value) if isinstance(value, tuple) else value
 
 
+def settled(result: Any) -> Any:
+    """The same numbers with the plain strides of their shapes.
+
+    Compiled code may return others than the plain function; as what comes back is often what goes in next time, one
+    kind of call would be two.
+    """
+    if isinstance(result, torch.Tensor):
+        plain = result.stride() == _plain_strides(tuple(result.shape))
+        # Through one dimension: `contiguous` does not care for the strides of dimensions of length 1. Dynamo does.
+        return result if plain else result.contiguous().view(-1).view(result.shape)
+    return tuple(settled(value) for value in result) if isinstance(result, tuple) else result
+
+
+@lru_cache(maxsize=256)
+def _plain_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
 class Piece:
     """A function of the model that is compiled in the background.
 
@@ -124,11 +144,21 @@ class Piece:
         """Kinds that are compiled or will be."""
         self.ready: set[Kind] = set()
         self._compiler = compiler
+        self._compiled: Callable[..., Any] | None = None
         self._last: Kind | None = None
-        self.renew()
 
-    def renew(self) -> None:
-        """Forget what was compiled."""
+    def forget(self) -> None:
+        """Let go of what was compiled."""
+        self._compiled = None
+        self.ready.clear()
+
+    def compiled(self, *arguments: Any) -> Any:
+        """Run the compiled function; a kind of call that it does not know yet is compiled here and now."""
+        if self._compiled is None:  # not before: the import alone takes seconds
+            self._compiled = self._own_compiled()
+        return self._compiled(*arguments)
+
+    def _own_compiled(self) -> Callable[..., Any]:
         # Dynamo keeps compiled code with a function's code object, and no more than a few versions of it. With a copy
         # of their own, pieces of the same function (of another model, say) do not get in each other's way, and what was
         # compiled goes when its piece does.
@@ -136,17 +166,16 @@ class Piece:
         code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(self._numbers)}")
         own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
         # Lengths are part of the code: there are two or three, and loops of a known length are faster.
-        self.compiled = torch.compile(own, dynamic=False, backend=self._compiler.backend)
-        self.ready.clear()
+        return torch.compile(own, dynamic=False, backend=self._compiler.backend)
 
     def __call__(self, owner: nn.Module, *arguments: Any) -> Any:
         kind = kind_of(arguments)
         if self.enabled and kind in self.ready:
-            return self.compiled(owner, *arguments)
+            return settled(self.compiled(owner, *arguments))
         if kind == self._last and kind not in self.known:
             self._compiler.add(self, kind, owner)
         self._last = kind
-        return self.plain(owner, *arguments)
+        return settled(self.plain(owner, *arguments))
 
 
 @dataclass(frozen=True)
@@ -277,7 +306,7 @@ class Compiler:
             if not compile_cache.give_up():
                 raise
             logger.warning("torch.compile failed with what the cache holds; trying without", exc_info=True)
-            unit.piece.renew()
+            unit.piece.forget()
             _call(unit)
 
 

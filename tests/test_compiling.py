@@ -76,8 +76,6 @@ def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
     pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
     pipe.waits_for_compile = False
     pipe.compiler.backend = backend
-    for piece in (*pipe._transformer.pieces, *pipe._decoder_steps.values()):
-        piece.renew()
     yield pipe
     backend.going.set()
     assert pipe.close(60)
@@ -264,8 +262,6 @@ def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: C
         pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
         pipe.waits_for_compile = False
         pipe.compiler.backend = backend
-        for piece in pipe._transformer.pieces:
-            piece.renew()
         return pipe
 
     backend.going.clear()
