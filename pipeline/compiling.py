@@ -139,6 +139,7 @@ class Piece:
 
     def __init__(self, function: Callable[..., Any], compiler: Compiler) -> None:
         self.plain = function
+        self.backend = compiler.backend
         self.enabled = False
         self.known: set[Kind] = set()
         """Kinds that are compiled or will be."""
@@ -166,7 +167,7 @@ class Piece:
         code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(self._numbers)}")
         own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
         # Lengths are part of the code: there are two or three, and loops of a known length are faster.
-        return torch.compile(own, dynamic=False, backend=self._compiler.backend)
+        return torch.compile(own, dynamic=False, backend=self.backend)
 
     def __call__(self, owner: nn.Module, *arguments: Any) -> Any:
         kind = kind_of(arguments)

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import compile_cache
 from pipeline.cli import (
     EMBEDDED_MODEL,
     EXIT_BAD_INPUT,
@@ -49,6 +50,9 @@ class Report:
     options: dict[str, str]
     """Option -> `works`, or why it does not."""
     free_disk: int
+    compile_cache: str
+    """Folder of what torch.compile made, and its size."""
+    compile_cache_size: int
     model: str
     needs: dict[str, Any]
     """Of each part, in bfloat16; see `memory.ModelNeeds`."""
@@ -119,6 +123,8 @@ def examine(model: str, device_name: str | None = None) -> Report:
         main_memory=psutil.virtual_memory().total,
         options=_options(device, "taehv" in builders),
         free_disk=free_disk(default_home()),
+        compile_cache=str(compile_cache.folder()),
+        compile_cache_size=compile_cache.size(),
         model=spec.name,
         needs=asdict(needs),
         plan=plan_for(needs, spec, None if free is None else without_losses(free)).as_dict(),
@@ -196,6 +202,7 @@ def as_text(report: Report) -> str:
         f"Device      {report.device}{memory}",
         *(f"{name:<12}{state}" for name, state in report.options.items()),
         f"Free disk   {report.free_disk / 1e9:.0f} GB for published models",
+        f"Compiled    {_size(report.compile_cache_size)} in {report.compile_cache}, which may be removed",
         "",
         _on_this_device(report),
         *(f"  {note}" for note in report.plan["notes"]),

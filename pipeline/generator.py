@@ -247,10 +247,16 @@ class SelfForcingPipeline:
                 raise SelfForcingError("Another run was started on this model, which ended this one.")
             shown += len(frames)
 
-    def warm_up(self) -> None:
-        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor."""
+    def warm_up(self, compile: bool = False) -> None:
+        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor.
+
+        With `compile`, also begin to compile what later runs with that option need, which goes on in the background.
+        """
         seconds = self.spec.frames_in(2) / self.spec.fps
         request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
+        if compile:
+            self.waits_for_compile = False
+            request = self.learning_request(request)
         for block in self.stream(request):
             if block.elapsed > WARM_UP_SECONDS:  # a large model on a small machine: the visitor is better off now
                 break
@@ -296,8 +302,7 @@ class SelfForcingPipeline:
         return self.compiler.close(timeout)
 
     def _pieces(self, request: GenerationRequest) -> list[Piece]:
-        blocks = self._transformer.pieces if self._transformer.compiles(request.fp8) else ()
-        return [*blocks, self._decoder_steps[request.taehv]]
+        return [*self._transformer.pieces(request.fp8), self._decoder_steps[request.taehv]]
 
     def _compile_applied(self, request: GenerationRequest, compiled: CompileState) -> str:
         if compiled.state != "ready" and not self.waits_for_compile:

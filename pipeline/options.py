@@ -43,20 +43,19 @@ class TransformerOptions:
     Args:
         load: returns a pristine transformer. Weights that went through 8 bits have lost what cannot be put back, so
             switching fp8 off means loading them again.
-        compiler: of the pieces below.
+        compiler: of the parts of a block that `compile` puts compiled ones in the place of.
     """
 
     def __init__(self, load: Callable[[], CausalWanTransformer3DModel], compiler: Compiler | None = None) -> None:
         self._load = load
         self.compiler = compiler or Compiler()
-        self.pieces = tuple(Piece(getattr(CausalWanBlock, name), self.compiler) for name in CausalWanBlock.COMPILED)
-        """Parts of a block that `compile` installs in all of them, in the order of `CausalWanBlock.COMPILED`."""
+        self._pieces: dict[bool, tuple[Piece, ...]] = {}
+        self._installed: tuple[Piece, ...] = ()
         self._transformer: CausalWanTransformer3DModel | None = load()
         self.device = self._transformer.device
         self.dtype = self._transformer.dtype
         """Of the arithmetic, whatever the weights are stored in."""
         self.fp8 = False
-        self.compiled = False
 
     def apply(self, *, fp8: bool, compile: bool) -> CausalWanTransformer3DModel:
         """The transformer as asked for; the same object as before if nothing changes."""
@@ -66,25 +65,32 @@ class TransformerOptions:
             gc.collect()
         if self._transformer is None:
             self._transformer = self._load()
-            self.fp8 = self.compiled = False
+            self.fp8, self._installed = False, ()
         if fp8 and not self.fp8:
             transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
             store_in_8_bits(transformer, self.dtype)
             self._transformer, self.fp8 = transformer, True
-        if (compile and self.compiles(fp8)) != self.compiled:
-            self.compiled = not self.compiled
+        pieces = self.pieces(fp8) if compile else ()
+        if pieces is not self._installed:
             for block in self._transformer.blocks:
-                for name, piece in zip(CausalWanBlock.COMPILED, self.pieces, strict=True):
-                    if self.compiled:
-                        vars(block)[name] = MethodType(piece, block)  # in front of the class's own
-                    else:
-                        del vars(block)[name]
+                for name in CausalWanBlock.COMPILED:
+                    vars(block).pop(name, None)
+                for name, piece in zip(CausalWanBlock.COMPILED, pieces, strict=False):
+                    vars(block)[name] = MethodType(piece, block)  # in front of the class's own
+            self._installed = pieces
         return self._transformer
 
     def compiles(self, fp8: bool) -> bool:
         """Whether blocks can be compiled in this state. Casting changes a layer's weights around each of its calls:
         no two threads may do that at once, and compiled code would end in front of each."""
         return not fp8
+
+    def pieces(self, fp8: bool) -> tuple[Piece, ...]:
+        """`CausalWanBlock.COMPILED`, for weights in this form; none if they cannot be compiled."""
+        if fp8 not in self._pieces:
+            names = CausalWanBlock.COMPILED if self.compiles(fp8) else ()
+            self._pieces[fp8] = tuple(Piece(getattr(CausalWanBlock, name), self.compiler) for name in names)
+        return self._pieces[fp8]
 
 
 def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]:

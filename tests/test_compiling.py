@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import app
 from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache
 from pipeline.blocks import FrameBlock
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
@@ -75,10 +76,16 @@ def backend() -> Counted:
 def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
     pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
     pipe.waits_for_compile = False
-    pipe.compiler.backend = backend
+    use(pipe, backend)
     yield pipe
     backend.going.set()
     assert pipe.close(60)
+
+
+def use(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    pipe.compiler.backend = backend
+    for piece in pipe._decoder_steps.values():
+        piece.backend = backend
 
 
 def request(**changes: Any) -> GenerationRequest:
@@ -180,7 +187,7 @@ def test_what_is_compiled_is_known_beforehand_and_nothing_is_added(pipe: SelfFor
 def test_compiled_code_really_runs_when_it_is_ready(pipe: SelfForcingPipeline, backend: Counted) -> None:
     made(pipe)
     finish(pipe)
-    for piece in pipe._transformer.pieces:
+    for piece in pipe._transformer.pieces(False):
         piece.plain = None
     pipe._decoder_steps[False].plain = None
     with pytest.raises(TypeError):  # the first frames of a clip are of kinds that are not compiled
@@ -261,7 +268,7 @@ def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: C
     def load() -> SelfForcingPipeline:
         pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
         pipe.waits_for_compile = False
-        pipe.compiler.backend = backend
+        use(pipe, backend)
         return pipe
 
     backend.going.clear()
@@ -355,6 +362,16 @@ def test_the_box_begins_the_warm_up(pipe: SelfForcingPipeline, backend: Counted)
         assert not look(False, False, True)[1].active
         answer = next(f.fn for f in page.blocks.fns.values() if f.api_name == "options")()
         assert answer["compile"] == CompileState("ready", 7, 7, 0.0).as_dict()
+
+
+def test_the_warm_up_can_begin_at_the_start(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    assert app.parse(["--compile"]).compile and not app.parse([]).compile
+    assert app.warmed_up(pipe) is pipe and pipe.compile_state(request()).state == "off"
+    assert app.warmed_up(pipe, compile=True) is pipe
+    assert pipe.compile_state(request()).state in ("warming", "ready")
+    finish(pipe)
+    assert pipe.compile_state(request()).state == "ready"
+    app.warmed_up(ScriptedPipeline(), compile=True)
 
 
 def test_a_pipeline_that_compiles_nothing_has_no_line(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
         ("Letting others in", [APP]),
         ("The command line", [CLI, COMPARE, ENHANCE]),
         ("Memory", [CLI, DOCTOR]),
+        (r"torch\.compile", [APP]),
     ],
 )
 def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:
