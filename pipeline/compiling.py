@@ -8,7 +8,8 @@ a compiler, and what is compiled is just what was counted beforehand, however lo
 
 Why a thread: a compilation cannot be interrupted, so on the model thread each one would hold up whoever comes next.
 Compiled code belongs to functions, not to threads; dynamo's lock, its callback and the compiler's modes concern the
-compiling thread alone, and plain calls elsewhere go on (slower, for the interpreter and the processors are shared).
+compiling thread alone, and plain calls elsewhere go on (two to three times slower on two cores, as measured once, for
+the interpreter and the processors are shared).
 Dynamo puts torch's global random state back after each compilation; noise has generators of its own.
 """
 
@@ -204,6 +205,8 @@ class Compiler:
         self.backend = backend
         self.failure: str | None = None
         """Why nothing more is compiled, in a sentence."""
+        self.learns = True
+        """Whether kinds of calls that are new are compiled; otherwise they stay plain."""
         self._lock = threading.Condition()
         self._units: deque[_Unit] = deque()
         self._current: _Unit | None = None
@@ -216,6 +219,8 @@ class Compiler:
     def add(self, piece: Piece, kind: Kind, owner: nn.Module) -> None:
         """Have `piece` compiled for calls of this kind, with the weights of `owner`. Returns at once."""
         with self._lock:
+            if not self.learns:
+                return
             piece.known.add(kind)
             if self._closed or self.failure is not None:
                 return
