@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from torch import Tensor, nn
 
 from pipeline.errors import InvalidRequest
-from pipeline.taehv import TAEHV
+from pipeline.taehv import TAEHV, Memory
 
 __all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_taehv", "encode_wan"]
 
@@ -33,8 +33,8 @@ class StreamDecoder(Protocol):
     """
 
     weights: nn.Module
-    step: Step
-    """`plain_step`, or the same compiled. May be exchanged between clips."""
+    step: Step | None
+    """Takes the place of the layers: `plain_step` compiled. May be set and taken away between clips."""
     plain_step: Step
 
     def reset(self) -> None:
@@ -64,11 +64,11 @@ class WanStreamDecoder:
         self.weights = self._vae = vae
         # One slot per causal convolution; those of kernel 1 leave theirs unused.
         self._slots = _count_causal(vae.decoder)
-        self.step: Step = self.plain_step
+        self.step: Step | None = None
         self.reset()
 
     def reset(self) -> None:
-        self._cache: tuple[Tensor | str | None, ...] = (None,) * self._slots
+        self._cache: list[Tensor | str | None] = [None] * self._slots
         self._shape: tuple[int, ...] | None = None
 
     @torch.no_grad()
@@ -83,7 +83,10 @@ class WanStreamDecoder:
         parts: list[Tensor] = []
         for latent in hidden.split(1, dim=2):
             first = starts and not parts
-            part, self._cache = self.step(self._vae.decoder, latent, self._cache, first)
+            if self.step is None:  # in place: what a layer kept goes before the next one keeps something
+                part = self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first)
+            else:
+                part, self._cache[:] = self.step(self._vae.decoder, latent, tuple(self._cache), first)
             parts.append(part)
         frames = unpatchify(torch.cat(parts, 2), _patch_size(self._vae)).transpose(1, 2)
         return _clamped(frames, -1, 1).add(1).div(2)
@@ -102,18 +105,21 @@ class TaehvStreamDecoder:
 
     def __init__(self, taehv: TAEHV) -> None:
         self.weights = self._taehv = taehv
-        self.step: Step = self.plain_step
+        self.step: Step | None = None
         self.reset()
 
     def reset(self) -> None:
-        self._memory: tuple[Tensor | None, ...] = tuple(self._taehv.new_memory(self._taehv.decoder))
+        self._memory: Memory = self._taehv.new_memory(self._taehv.decoder)
         self._shape: tuple[int, ...] | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         starts = self._shape is None
         self._shape = _check_latents(latents, self._taehv.config["latent_channels"], self._shape)
-        frames, self._memory = self.step(self._taehv, latents, self._memory)
+        if self.step is None:
+            frames = self._taehv.decode_raw(latents, self._memory)
+        else:
+            frames, self._memory[:] = self.step(self._taehv, latents, tuple(self._memory))
         if starts:  # the first latent stands for one frame; what the layers make before it is warm-up
             frames = frames[:, self._taehv.temporal_scale - 1 :]
         return _clamped(frames, 0, 1)

@@ -216,7 +216,7 @@ class SelfForcingPipeline:
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
         decoder = self._decoders[request.taehv]
-        decoder.step = self._decoder_steps[request.taehv] if request.compile else decoder.plain_step
+        decoder.step = self._decoder_steps[request.taehv] if request.compile else None
         self.compiler.learns = not self.waits_for_compile  # who waits has learnt, and may end the program after this
         for piece in self._pieces(request):  # for the whole run: half of it compiled would be neither
             piece.enabled = compiled.state == "ready"
