@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         say(f"Loading the model in {folder.name} ...")
-        worker = ModelWorker(lambda: warmed_up(load(folder, device)))
-        models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device)))
+        worker = ModelWorker(lambda: warmed_up(load(folder, device), options.compile))
+        models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device), options.compile))
         serve(worker, options, auth, stop, models, language)
         code = 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
@@ -114,11 +114,14 @@ def make_home() -> TemporaryHome:
     return home
 
 
-def warmed_up(pipeline: StreamingPipeline) -> StreamingPipeline:
-    """What happens only once, kernels being chosen and memory fetched, need not happen in front of a visitor."""
+def warmed_up(pipeline: StreamingPipeline, compile: bool = False) -> StreamingPipeline:
+    """What happens only once, kernels being chosen and memory fetched, need not happen in front of a visitor.
+
+    With `compile`, torch.compile's own warm-up begins, too.
+    """
     if hasattr(pipeline, "warm_up"):
         report_loading("Warming up", LOADED_SHARE)
-        pipeline.warm_up()
+        pipeline.warm_up(**({"compile": True} if compile else {}))
     return pipeline
 
 
@@ -215,6 +218,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
     add_memory(parser)
     add_attention(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="begin to compile the model at the start, in the background",
+    )
     parser.add_argument(
         "--max-seconds",
         type=float,

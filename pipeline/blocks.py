@@ -90,3 +90,6 @@ class StreamingPipeline(Protocol):
 
     def unavailable_options(self) -> dict[str, str]:
         """Option name (`taehv`, `fp8`, `compile`) -> one sentence why it cannot work here."""
+
+    # What else a pipeline may have, and need not: `preset`, `warm_up()`, `compile_state(request)` and
+    # `learning_request(request)`, see `SelfForcingPipeline`; `close(timeout)`, told when the model is given up.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
 from pipeline.config import ATTENTION_NAMES, FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
@@ -145,9 +145,11 @@ def generate(
     encoder: SegmentEncoder | None = None
     first: FrameBlock | None = None
     with worker.submit(request) as run, progress_bar() as bar:
+        tell_compiling(pipeline, bar)
         for block in run:
             if encoder is None:
                 first, encoder = block, SegmentEncoder(block.run.fps)
+                bar.set_description(MAKING, refresh=False)
                 bar.reset(block.run.num_frames)
             encoder.encode(block.frames)
             bar.update(len(block.frames))
@@ -424,10 +426,24 @@ def leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+MAKING = "Making video"
+
+
+def tell_compiling(pipeline: StreamingPipeline, bar: Any) -> None:
+    """Have the bar say how far torch.compile is, for which the first block waits."""
+
+    def tell(state: Any) -> None:
+        left = "" if state.seconds_left is None else f", about {state.seconds_left:.0f} s left"
+        bar.set_description(f"torch.compile: {state.done} of {state.total}{left}")
+
+    if hasattr(pipeline, "on_compiling"):
+        cast(Any, pipeline).on_compiling = tell
+
+
 def progress_bar() -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=0, unit="frame", desc="Making video", file=sys.stderr, leave=False, dynamic_ncols=True)
+    return tqdm(total=0, unit="frame", desc=MAKING, file=sys.stderr, leave=False, dynamic_ncols=True)
 
 
 def _leave_without_the_model(worker: ModelWorker | None, code: int) -> None:

@@ -7,7 +7,8 @@ stream, then as many as the temporal stride for each.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -20,6 +21,11 @@ from pipeline.taehv import TAEHV, Memory
 __all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_taehv", "encode_wan"]
 
 
+Step = Callable[..., tuple[Tensor, tuple[Any, ...]]]
+"""One call of a decoder's layers without any state: (module, latents, what the last call left) -> (frames, the same for
+the next call)."""
+
+
 class StreamDecoder(Protocol):
     """Decodes one stream of latents. After an error or a cancelled call, `reset` before the next clip.
 
@@ -27,6 +33,9 @@ class StreamDecoder(Protocol):
     """
 
     weights: nn.Module
+    step: Step | None
+    """Takes the place of the layers: `plain_step` compiled. May be set and taken away between clips."""
+    plain_step: Step
 
     def reset(self) -> None:
         """Forget the stream; the next block starts a clip."""
@@ -43,10 +52,19 @@ class WanStreamDecoder:
     that works on pixel patches, as Wan 2.2's does, decodes to patches, which are cut apart last.
     """
 
+    @staticmethod
+    def plain_step(
+        decoder: nn.Module, latent: Tensor, cache: tuple[Tensor | str | None, ...], first: bool
+    ) -> tuple[Tensor, tuple[Tensor | str | None, ...]]:
+        """One latent frame [B, C, 1, h, w] -> pixels [B, 3, T, H, W] in patches, and the layers' new caches."""
+        slots = list(cache)
+        return decoder(latent, feat_cache=slots, feat_idx=[0], first_chunk=first), tuple(slots)
+
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.weights = self._vae = vae
         # One slot per causal convolution; those of kernel 1 leave theirs unused.
         self._slots = _count_causal(vae.decoder)
+        self.step: Step | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -65,7 +83,11 @@ class WanStreamDecoder:
         parts: list[Tensor] = []
         for latent in hidden.split(1, dim=2):
             first = starts and not parts
-            parts.append(self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
+            if self.step is None:  # in place: what a layer kept goes before the next one keeps something
+                part = self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first)
+            else:
+                part, self._cache[:] = self.step(self._vae.decoder, latent, tuple(self._cache), first)
+            parts.append(part)
         frames = unpatchify(torch.cat(parts, 2), _patch_size(self._vae)).transpose(1, 2)
         return _clamped(frames, -1, 1).add(1).div(2)
 
@@ -73,8 +95,17 @@ class WanStreamDecoder:
 class TaehvStreamDecoder:
     """TAEHV with the memory of its blocks carried from call to call: exact, and nothing is decoded twice."""
 
+    @staticmethod
+    def plain_step(
+        taehv: TAEHV, latents: Tensor, memory: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Latents [B, F, C, h, w] -> raw frames, see `TAEHV.decode_raw`, and the blocks' new memory."""
+        kept = list(memory)
+        return taehv.decode_raw(latents, kept), tuple(kept)
+
     def __init__(self, taehv: TAEHV) -> None:
         self.weights = self._taehv = taehv
+        self.step: Step | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +116,10 @@ class TaehvStreamDecoder:
     def decode(self, latents: Tensor) -> Tensor:
         starts = self._shape is None
         self._shape = _check_latents(latents, self._taehv.config["latent_channels"], self._shape)
-        frames = self._taehv.decode_raw(latents, self._memory)
+        if self.step is None:
+            frames = self._taehv.decode_raw(latents, self._memory)
+        else:
+            frames, self._memory[:] = self.step(self._taehv, latents, tuple(self._memory))
         if starts:  # the first latent stands for one frame; what the layers make before it is warm-up
             frames = frames[:, self._taehv.temporal_scale - 1 :]
         return _clamped(frames, 0, 1)

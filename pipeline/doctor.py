@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import compile_cache
 from pipeline.cli import (
     EMBEDDED_MODEL,
     EXIT_BAD_INPUT,
@@ -53,6 +54,9 @@ class Report:
     attention: dict[str, Any]
     """`chosen`; `milliseconds` of the backends that were timed; `unusable`: backend -> why."""
     free_disk: int
+    compile_cache: str
+    """Folder of what torch.compile made, and its size."""
+    compile_cache_size: int
     model: str
     needs: dict[str, Any]
     """Of each part, in bfloat16; see `memory.ModelNeeds`."""
@@ -127,6 +131,8 @@ def examine(model: str, device_name: str | None = None) -> Report:
         float8=asdict(float8) | {"sentence": float8.sentence()},
         attention=_attention(builders["transformer"], spec, device),
         free_disk=free_disk(default_home()),
+        compile_cache=str(compile_cache.folder()),
+        compile_cache_size=compile_cache.size(),
         model=spec.name,
         needs=asdict(needs),
         plan=plan_for(needs, spec, None if free is None else without_losses(free)).as_dict(),
@@ -229,6 +235,7 @@ def as_text(report: Report) -> str:
             if report.kind != "cpu"
         ),
         f"Free disk   {report.free_disk / 1e9:.0f} GB for published models",
+        f"Compiled    {_size(report.compile_cache_size)} in {report.compile_cache}, which may be removed",
         "",
         _on_this_device(report),
         *(f"  {note}" for note in report.plan["notes"]),

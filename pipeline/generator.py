@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from diffusers import AutoencoderKLWan
 from pipeline.attention_backends import AttentionChoice, AttentionShapes, choose_attention
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
+from pipeline.compiling import CompileState, Piece
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.enhance import Enhancer
-from pipeline.errors import NonFiniteOutput, SelfForcingError, WeightsError
+from pipeline.errors import NonFiniteOutput, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.loading import LOADED_SHARE, report_loading
@@ -35,6 +37,8 @@ from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 from pipeline.wan_layers import speed_up
 
 WARM_UP_SECONDS = 10.0
+LEARNING_BLOCKS = 3
+"""Length of a clip that shows all kinds of calls twice in a row: see `compiling.Piece`."""
 
 
 class SelfForcingPipeline:
@@ -95,6 +99,14 @@ class SelfForcingPipeline:
         self._first_steps = None if first is None else DenoisingSteps.from_schedule(schedule, first)
         self._cache: KVCache | None = None
         self._stream_number = 0
+        self.compiler = transformer.compiler
+        self._decoder_steps = {
+            taehv: Piece(decoder.plain_step, self.compiler) for taehv, decoder in self._decoders.items()
+        }
+        self.waits_for_compile = True
+        """Whether a run with `compile` waits until everything is compiled; otherwise it is uncompiled until then."""
+        self.on_compiling: Callable[[CompileState], object] = lambda state: None
+        """Told again and again, on the model thread, how far that is."""
 
     @classmethod
     def from_pretrained(
@@ -171,13 +183,14 @@ class SelfForcingPipeline:
 
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
+        return self._plan(request, self.compile_state(request))
+
+    def _plan(self, request: GenerationRequest, compiled: CompileState) -> RunInfo:
         check_available(request, self.unavailable_options())
         self.spec.check_start(request.start)
         fps = float(self.spec.fps if request.fps is None else request.fps)
         num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
         dtype, fp8 = str(self._transformer.dtype).removeprefix("torch."), self._transformer.fp8_form
-        # Casting weights inside a block interrupts its graph: both together work, in more and smaller pieces.
-        compiled = "in pieces, because of FP8" if request.fp8 and not fp8.row_wise else "on"
         return RunInfo(
             request=request,
             seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
@@ -189,7 +202,7 @@ class SelfForcingPipeline:
                 "precision": fp8.precision(self._transformer.dtype) if request.fp8 else dtype,
                 "attention": self.attention.title,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
-                "compile": compiled if request.compile else "off",
+                "compile": self._compile_applied(request, compiled) if request.compile else "off",
                 **self.placement.applied(),
             },
             model=self.spec.name,
@@ -209,7 +222,10 @@ class SelfForcingPipeline:
             Cancelled, DeadlineExceeded: from `control.checkpoint`, at any denoising step.
         """
         began = time.perf_counter()
-        run = self.plan(request)
+        if request.compile and self.waits_for_compile:
+            self._compile_now(request)
+        compiled = self.compile_state(request)
+        run = self._plan(request, compiled)
         self._stream_number += 1
         number = self._stream_number
         for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
@@ -219,6 +235,10 @@ class SelfForcingPipeline:
         text_kv = model.encode_text(prompt_embeds)
         decoder = self._decoders[request.taehv]
         given = () if request.start is None else self._encode(request.start, model)
+        decoder.step = self._decoder_steps[request.taehv] if request.compile else None
+        self.compiler.learns = not self.waits_for_compile  # who waits has learnt, and may end the program after this
+        for piece in self._pieces(request):  # for the whole run: half of it compiled would be neither
+            piece.enabled = compiled.state == "ready"
         rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
         for index in range(run.num_blocks):
@@ -249,10 +269,16 @@ class SelfForcingPipeline:
                 raise SelfForcingError("Another run was started on this model, which ended this one.")
             shown += len(frames)
 
-    def warm_up(self) -> None:
-        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor."""
+    def warm_up(self, compile: bool = False) -> None:
+        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor.
+
+        With `compile`, also begin to compile what later runs with that option need, which goes on in the background.
+        """
         seconds = self.spec.frames_in(2) / self.spec.fps
         request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
+        if compile:
+            self.waits_for_compile = False
+            request = self.learning_request(request)
         for block in self.stream(request):
             if block.elapsed > WARM_UP_SECONDS:  # a large model on a small machine: the visitor is better off now
                 break
@@ -281,7 +307,58 @@ class SelfForcingPipeline:
 
     def unavailable_options(self) -> dict[str, str]:
         """Option -> one sentence why it cannot work here."""
-        return unavailable_options(self.device, has_taehv=True in self._decoders)
+        reasons = unavailable_options(self.device, has_taehv=True in self._decoders)
+        if self.compiler.failure is not None:
+            reasons.setdefault("compile", self.compiler.failure)
+        return reasons
+
+    # ---- torch.compile
+
+    def compile_state(self, request: GenerationRequest) -> CompileState:
+        """How far the compiled code is that a request with these options would run. Whether it asks for it, or not."""
+        return self.compiler.state(self._pieces(request))
+
+    def learning_request(self, request: GenerationRequest) -> GenerationRequest:
+        """A short clip with the options of another; running it is enough to have everything compiled for both."""
+        seconds = self.spec.frames_in(LEARNING_BLOCKS) / self.spec.fps
+        return replace(request, seconds=seconds, fps=self.spec.fps, compile=True)
+
+    def close(self, timeout: float = 0.0) -> bool:
+        """Compile nothing more. Returns whether no compilation goes on after `timeout` seconds."""
+        return self.compiler.close(timeout)
+
+    def _pieces(self, request: GenerationRequest) -> list[Piece]:
+        return [*self._transformer.pieces(request.fp8), self._decoder_steps[request.taehv]]
+
+    def _compile_applied(self, request: GenerationRequest, compiled: CompileState) -> str:
+        if compiled.state != "ready" and not self.waits_for_compile:
+            return f"warming up: this run is uncompiled, {compiled.ready_in}"
+        return "on" if self._transformer.compiles(request.fp8) else "the decoder only, because of FP8"
+
+    def _compile_now(self, request: GenerationRequest) -> None:
+        """Have everything compiled that a run needs, and wait for it.
+
+        Raises:
+            OptionUnavailable: it cannot be compiled here.
+            Cancelled, DeadlineExceeded: from `control.checkpoint`.
+        """
+        check_available(request, self.unavailable_options())
+        if self.compile_state(request).state == "ready":
+            return
+        self.waits_for_compile = False
+        try:
+            for _ in self.stream(self.learning_request(request)):
+                self.on_compiling(self.compile_state(request))
+        finally:
+            self.waits_for_compile = True
+
+        def poll() -> None:
+            checkpoint()
+            self.on_compiling(self.compile_state(request))
+
+        self.compiler.wait(poll)
+        if self.compiler.failure is not None:
+            raise OptionUnavailable(self.compiler.failure)
 
     def _encode(self, start: Start, model: CausalWanTransformer3DModel) -> Sequence[torch.Tensor]:
         """What a clip starts from, as blocks of latents [1, F, C, h, w].

@@ -1,7 +1,7 @@
 """The three switches of a request, applied to the loaded model between runs and undone again.
 
 `taehv` picks the decoder. `fp8` keeps the transformer's weights in 8 bits, in the form that the device can use best:
-see `float8.py`. `compile` compiles one transformer block and reuses it for all.
+see `float8.py`. `compile` compiles the parts of one transformer block, see `compiling.py`, and all blocks use them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import torch
 
 from pipeline.attention import Kernel
+from pipeline.compiling import Compiler, Piece, failure_sentence
 from pipeline.errors import OptionUnavailable
 from pipeline.float8 import form_on, multiply_in_8_bits, store_in_8_bits
-from pipeline.transformer import CausalWanTransformer3DModel
+from pipeline.transformer import CausalWanBlock, CausalWanTransformer3DModel
 
 
 class TransformerOptions:
@@ -29,11 +31,15 @@ class TransformerOptions:
     Args:
         load: returns a pristine transformer. Weights that went through 8 bits have lost what cannot be put back, so
             switching fp8 off means loading them again.
+        compiler: of the parts of a block that `compile` puts compiled ones in the place of.
     """
 
-    def __init__(self, load: Callable[[], CausalWanTransformer3DModel]) -> None:
+    def __init__(self, load: Callable[[], CausalWanTransformer3DModel], compiler: Compiler | None = None) -> None:
         self._load = load
         self._kernel: Kernel | None = None
+        self.compiler = compiler or Compiler()
+        self._pieces: dict[bool, tuple[Piece, ...]] = {}
+        self._installed: tuple[Piece, ...] = ()
         self._transformer: CausalWanTransformer3DModel | None = load()
         self.config = self._transformer.config
         self.device = self._transformer.device
@@ -41,7 +47,6 @@ class TransformerOptions:
         """Of the arithmetic, whatever the weights are stored in."""
         self.fp8_form = form_on(self.device, self.dtype)
         self.fp8 = False
-        self.compiled = False
 
     def use_attention(self, kernel: Kernel | None) -> None:
         """Attend with this kernel from the next run on, also after the weights were loaded anew."""
@@ -58,7 +63,7 @@ class TransformerOptions:
         if self._transformer is None:
             self._transformer = self._load()
             self._transformer.use_attention(self._kernel)
-            self.fp8 = self.compiled = False
+            self.fp8, self._installed = False, ()
         if fp8 and not self.fp8:
             transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
             if self.fp8_form.row_wise:
@@ -66,14 +71,27 @@ class TransformerOptions:
             else:
                 store_in_8_bits(transformer, self.dtype)
             self._transformer, self.fp8 = transformer, True
-        if compile != self.compiled:
+        pieces = self.pieces(fp8) if compile else ()
+        if pieces is not self._installed:
             for block in self._transformer.blocks:
-                if compile:
-                    block.compile()
-                else:
-                    block._compiled_call_impl = None  # `Module.compile` has no counterpart; this is all that it sets
-            self.compiled = compile
+                for name in CausalWanBlock.COMPILED:
+                    vars(block).pop(name, None)
+                for name, piece in zip(CausalWanBlock.COMPILED, pieces, strict=False):
+                    vars(block)[name] = MethodType(piece, block)  # in front of the class's own
+            self._installed = pieces
         return self._transformer
+
+    def compiles(self, fp8: bool) -> bool:
+        """Whether blocks can be compiled in this state. Casting changes a layer's weights around each of its calls:
+        no two threads may do that at once, and compiled code would end in front of each."""
+        return not fp8 or self.fp8_form.row_wise
+
+    def pieces(self, fp8: bool) -> tuple[Piece, ...]:
+        """`CausalWanBlock.COMPILED`, for weights in this form; none if they cannot be compiled."""
+        if fp8 not in self._pieces:
+            names = CausalWanBlock.COMPILED if self.compiles(fp8) else ()
+            self._pieces[fp8] = tuple(Piece(getattr(CausalWanBlock, name), self.compiler) for name in names)
+        return self._pieces[fp8]
 
 
 def unavailable_options(device: torch.device, has_taehv: bool) -> dict[str, str]:
@@ -103,5 +121,5 @@ def compile_failure(error: Exception) -> OptionUnavailable | None:
     """What to tell the user if `error` comes from the compiler and not from the model."""
     module = type(error).__module__
     if module.startswith(("torch._dynamo", "torch._inductor")):
-        return OptionUnavailable("torch.compile failed on this machine. Switch it off; the next run works without it.")
+        return OptionUnavailable(failure_sentence(error))
     return None

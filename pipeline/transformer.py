@@ -36,7 +36,7 @@ TIME_EMBEDDING = -1
 
 
 class CausalWanBlock(WanTransformerBlock):
-    """One transformer block. Its forward is self-contained: compiled once, it serves all layers."""
+    """One transformer block. Its parts are self-contained: compiled once, they serve all layers."""
 
     kernel: Kernel | None = None
     """What attends; None: torch's own choice."""
@@ -59,25 +59,45 @@ class CausalWanBlock(WanTransformerBlock):
         memory: this layer's cache; without it the call's own tokens are all there is.
         mask: boolean [F * tokens, F * tokens] for calls without memory.
         """
-        modulation = (time_modulation + self.scale_shift_table.unsqueeze(1)).unsqueeze(3).unbind(2)
-        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = modulation  # each [B, F, 1, C]
-
-        x = modulate(hidden, attn_shift, attn_scale, self.norm1.eps)
-        query, key, value = self._heads(x, rotation)
+        query, key, value, gates = self.open_self_attention(hidden, time_modulation, rotation)
         if memory is None:
             out = attention(query, key, value, mask, self.kernel)
         else:
             out = memory.attend(query, key, value, self.kernel)
-        hidden = gated_add(hidden, self.attn1.to_out[0](out.flatten(2)), attn_gate)
-
-        x = self.norm2(hidden)
-        query = self.attn2.norm_q(self.attn2.to_q(x)).unflatten(2, (self.attn2.heads, -1))
+        hidden, query = self.open_cross_attention(hidden, out, gates)
         out = attention(query, text_key, text_value, None, self.kernel)
-        hidden = hidden + self.attn2.to_out[0](out.flatten(2))
+        return self.close_attention(hidden, out, gates)
 
-        x = modulate(hidden, ffn_shift, ffn_scale, self.norm3.eps)
+    # What a block does outside of attention, in three functions of their own: these are what torch.compile compiles.
+    # Attention has kernels of its own already, and the cache behind it another length in every block of a video; out
+    # of the compiled code, neither can make anybody compile anew.
+
+    def open_self_attention(
+        self, hidden: torch.Tensor, time_modulation: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of self-attention, and the modulation of all that follows: the last four of the six."""
+        modulation = (time_modulation + self.scale_shift_table.unsqueeze(1)).unsqueeze(3)  # [B, F, 6, 1, C]
+        shift, scale = modulation[:, :, :2].unbind(2)
+        x = modulate(hidden, shift, scale, self.norm1.eps)
+        return *self._heads(x, rotation), modulation[:, :, 2:]
+
+    def open_cross_attention(
+        self, hidden: torch.Tensor, out: torch.Tensor, modulation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what self-attention gave. Returns the sum and the query of cross-attention."""
+        hidden = gated_add(hidden, self.attn1.to_out[0](out.flatten(2)), modulation[:, :, 0])
+        query = self.attn2.norm_q(self.attn2.to_q(self.norm2(hidden))).unflatten(2, (self.attn2.heads, -1))
+        return hidden, query
+
+    def close_attention(self, hidden: torch.Tensor, out: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """Add what cross-attention gave, and the feed-forward network's share."""
+        hidden = hidden + self.attn2.to_out[0](out.flatten(2))
+        shift, scale, gate = modulation[:, :, 1:].unbind(2)
         expand, _, shrink = self.ffn.net
-        return gated_add(hidden, shrink(gelu(expand.proj(x))), ffn_gate)
+        return gated_add(hidden, shrink(gelu(expand.proj(modulate(hidden, shift, scale, self.norm3.eps)))), gate)
+
+    COMPILED = ("open_self_attention", "open_cross_attention", "close_attention")
+    """Names of these three."""
 
     def _heads(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn = self.attn1

@@ -7,7 +7,10 @@ decodes in a fifth of the time with both replaced. On other devices and in other
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch import Tensor
@@ -35,7 +38,29 @@ class _CausalConv3d(WanCausalConv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _applies(input):
             return super()._conv_forward(input, weight, bias)
-        return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        # For torch.compile the same call under a name of its own: it knows no shapes of oneDNN's.
+        convolve = _convolution if torch.compiler.is_compiling() else torch.mkldnn_convolution
+        return convolve(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+    return torch.mkldnn_convolution(input, weight, bias, *sizes).contiguous()
+
+
+def _convolved_shape(
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
+) -> Tensor:
+    return input.new_empty(F.conv3d(input, weight, bias, stride, padding, dilation, groups).shape)
+
+
+_convolution = torch.library.custom_op(
+    "self_forcing::mkldnn_convolution",
+    _convolve,
+    mutates_args=(),
+    schema="(Tensor input, Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups)"
+    " -> Tensor",
+)
+_convolution.register_fake(_convolved_shape)
 
 
 class _RMSNorm(WanRMS_norm):

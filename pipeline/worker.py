@@ -157,7 +157,7 @@ class ModelWorker:
                 job.end(Cancelled("The model was shut down before this run began."))
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return _closed(self._pipeline, timeout or 0.0) and not self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -225,6 +225,7 @@ class ModelWorker:
 
     def _load_instead(self, source: Any) -> BaseException | None:
         """Give up the model, if there is one, and load another. Returns what went wrong."""
+        _closed(self._pipeline)
         self._source, self._pipeline = source, None
         self._loading = LoadingState()
         try:
@@ -452,6 +453,12 @@ class _Switch:
         if not self.ended:
             self.error = error
             self._ended.set()
+
+
+def _closed(pipeline: StreamingPipeline | None, timeout: float = 0.0) -> bool:
+    """Have a pipeline end what it does beside its runs. Returns whether nothing goes on after `timeout` seconds."""
+    close = getattr(pipeline, "close", None)
+    return True if close is None else bool(close(timeout))
 
 
 def _is_last(block: FrameBlock) -> bool:

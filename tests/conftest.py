@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from tests.server import Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+# What tests compile, not among the user's own; it stays, so the next time is faster.
+os.environ.setdefault("SELF_FORCING_CACHE", os.path.join(tempfile.gettempdir(), "self-forcing-tests"))
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_a_run_says_which_form_it_had(tmp_path: Path, monkeypatch: pytest.Monkey
     both = GenerationRequest(prompt="a ball", fp8=True, compile=True)
     monkeypatch.setattr(pipe, "unavailable_options", dict)
     assert pipe.plan(both).applied["precision"] == "float8 weights, float32 arithmetic"
-    assert pipe.plan(both).applied["compile"] == "in pieces, because of FP8"
+    assert pipe.plan(both).applied["compile"] == "the decoder only, because of FP8"
     assert "a CPU cannot multiply in 8 bits" in pipe.option_notes()["fp8"]
     pipe._transformer.fp8_form = Float8Form(True)
     assert pipe.plan(both).applied["precision"] == "float8 row-wise arithmetic (torchao)"

@@ -85,6 +85,7 @@ WEIGHTS = [("-m", "weights", command) for command in ("download", "convert", "li
         ("Memory", [CLI, DOCTOR]),
         ("FP8 and attention", [CLI, ("scripts/prove_on_gpu.py",)]),
         ("Speed", [("-m", "benchmarks"), ("-m", "benchmarks.gpu")]),
+        (r"torch\.compile", [APP]),
     ],
 )
 def test_documented_options_exist(heading: str, programs: list[tuple[str, ...]]) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.config import GenerationRequest, ModelSpec
 from pipeline.enhance import Enhancer
+
+if TYPE_CHECKING:
+    from pipeline.compiling import CompileState
 
 DEFAULT_FPS = 16.0
 
@@ -38,6 +41,8 @@ class AdaptedPipeline:
         """Whether it goes on from a picture or a video. One that does not say so would leave it out in silence."""
         self.enhancer: Enhancer | None = getattr(pipeline, "enhancer", None)
         """Fills prompts in from the model's own templates; None: it has none."""
+        if hasattr(pipeline, "waits_for_compile"):
+            pipeline.waits_for_compile = False  # a page's visitors stand in a queue
 
     @property
     def preset(self) -> dict[str, bool]:
@@ -88,6 +93,15 @@ class AdaptedPipeline:
     def unavailable_options(self) -> dict[str, str]:
         ask = getattr(self._pipeline, "unavailable_options", None)
         return dict(ask()) if ask else {}
+
+    def compile_state(self, request: GenerationRequest) -> CompileState | None:
+        """How far the compiled code for a request with these options is; None if the pipeline compiles nothing."""
+        ask = getattr(self._pipeline, "compile_state", None)
+        return ask(request) if ask else None
+
+    def learning_request(self, request: GenerationRequest) -> GenerationRequest:
+        """A short clip that shows what there is to compile."""
+        return self._pipeline.learning_request(request)
 
     def _completed(
         self, block: Any, request: GenerationRequest, index: int, start_frame: int, elapsed: float

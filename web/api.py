@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from pipeline.compare import read_switches
-from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE
+from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE, GenerationRequest
 from pipeline.errors import InvalidRequest, SelfForcingError
 from web.adapter import AdaptedPipeline
 from web.comparing import ComparisonUpdate
@@ -188,7 +188,9 @@ class Endpoints:
         Returns:
             Model, frame size, limits, defaults, unavailable options, start_frames (how many frames of a video, at
             native_fps, generate_from can go on from: one of these numbers, the largest that there are; null: from
-            none), the words of a small model (empty: any), and what makes suggestions for prompts.
+            none), notes on options that depend on the machine, how far torch.compile is (state: off, warming, ready or
+            failed; done, total, seconds_left, reason) for the default options, the words of a small model (empty: any),
+            and what makes suggestions for prompts.
         """
         page = self._page
         try:
@@ -220,6 +222,7 @@ class Endpoints:
             "unavailable": model.unavailable_options(),
             "start_frames": _start_frames(model),
             "notes": model.option_notes(),
+            "compile": _compile_state(model),
             "known_words": model.known_words(),
             "enhancers": page.help.kinds(model),
         }
@@ -298,6 +301,12 @@ def _start_frames(model: AdaptedPipeline) -> list[int] | None:
     if not model.takes_start or model.spec is None:
         return None
     return [model.spec.frames_in(blocks + 1) for blocks in range(model.spec.most_start_blocks)]
+
+
+def _compile_state(model: AdaptedPipeline) -> dict[str, Any] | None:
+    """None for a pipeline that compiles nothing."""
+    state = model.compile_state(GenerationRequest(prompt="any", **model.preset))
+    return None if state is None else state.as_dict()
 
 
 def _progress(update: Update) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Comparer:
         """
         pair = Pair.of(request, a, b)
         pair.check(self._generator.pipeline)
+        self._generator.warm_ups.check(pair.a, pair.b)
         return pair
 
     def expected_seconds(self, pair: Pair) -> float | None:

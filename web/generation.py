@@ -19,6 +19,7 @@ from web.adapter import AdaptedPipeline, adapted
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.sessions import Sessions, Ticket
 from web.storage import VideoStore
+from web.warming import WarmUps
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Generator:
         # Well beyond playback speed, so that a slow machine gets its videos done; what nobody reads any more ends, too.
         self.deadline = 2 * max_seconds + 60
         self.sessions = Sessions()
+        self.warm_ups = WarmUps(worker)
         self._paces: dict[Options, float] = {}
 
     @property

@@ -24,9 +24,10 @@ EXAMPLES_FILE = Path(__file__).resolve().parent.parent / "examples" / "prompts.j
 
 ARRIVAL_POLL_SECONDS = 0.4
 PLACE_POLL_SECONDS = 1.0
+WARMING_POLL_SECONDS = 1.0
 
 OPTIONS = {
-    "compile": ("torch.compile", "Compiles the model before the first frame; faster on long videos."),
+    "compile": ("torch.compile", "Compiles the model in the background and then uses that; faster on long videos."),
     "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
     "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
 }
@@ -80,6 +81,7 @@ class Layout:
                 self.status = gr.HTML(
                     status.loading(loading), label="Status", show_label=False, elem_id="status", padding=False
                 )
+                self.warming = gr.HTML("", elem_id="warming", padding=False)
                 # Carries a click's ticket from one event to the next. Not a `gr.State`: that is read when an event
                 # begins, and by then may hold a later click's; this travels with the event. API clients do not see it.
                 self.ticket = gr.Button("", visible="hidden", elem_id="ticket")
@@ -108,6 +110,7 @@ class Layout:
                     self.word_list = gr.HTML("", padding=False)
         self.arrival = gr.Timer(ARRIVAL_POLL_SECONDS)
         self.place_timer = gr.Timer(PLACE_POLL_SECONDS, active=False)
+        self.warming_timer = gr.Timer(WARMING_POLL_SECONDS, active=False)
 
     @property
     def inputs(self) -> list[Any]:

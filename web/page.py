@@ -37,6 +37,7 @@ from web.start_events import wire_start
 from web.starts import Starts
 from web.storage import VIDEOS, VideoStore, sweep_uploads
 from web.streams import StreamMemory
+from web.warming_events import wire_warming
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class Page:
             self._wire()
             wire_start(self, self.ui.start)
             wire_suggestions(self)
+            wire_warming(self)
             wire_comparison(self, self.ui.compare)
             if self.ui.models is not None:
                 wire_models(self, self.ui.models)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.loading import LoadingState
 from pipeline.meter import RunMeter
 from web.sessions import Place
+
+if TYPE_CHECKING:
+    from pipeline.compiling import CompileState
 
 
 def loading(state: LoadingState) -> str:
@@ -56,6 +59,19 @@ def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: 
 
 def failed(message: str, meter: RunMeter | None = None) -> str:
     return card("failed", "Failed", message, meter=meter)
+
+
+def warming(state: CompileState) -> str:
+    """How far torch.compile is, for a line of its own below the card."""
+    if state.state == "failed":
+        return f'<p class="sf-warming sf-wrong">{escape(state.reason)}</p>'
+    if state.state == "ready":
+        return '<p class="sf-warming">torch.compile is ready: the next video is made with it.</p>'
+    left = "" if state.seconds_left is None else f", about {_duration(state.seconds_left)} left"
+    counted = f": {state.done} of {state.total}{left}" if state.total else ""
+    line = f"torch.compile is warming up{counted}; videos are made without it until then."
+    bar = f'<div class="sf-bar" aria-hidden="true"><i style="width:{100 * state.share:.1f}%"></i></div>'
+    return f'<div class="sf-warming"><p role="status">{line}</p>{bar}</div>'
 
 
 def card(

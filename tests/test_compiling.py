@@ -1,0 +1,452 @@
+"""torch.compile in the background: what is compiled, when, how often, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import app
+from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache
+from pipeline.blocks import FrameBlock
+from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
+from pipeline.errors import OptionUnavailable
+from pipeline.transformer import CausalWanBlock
+from pipeline.worker import ModelWorker
+from tests.scripted import ScriptedPipeline
+from tests.small import write_model_folder
+from tests.waiting import wait_until
+from web import status
+from web.comparing import Comparer
+from web.generation import Generator
+from web.page import Page
+from web.storage import VideoStore
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a red balloon rises over the mountains"
+PIECES = len(CausalWanBlock.COMPILED)
+
+
+class Counted:
+    """A backend that compiles nothing, counts, and can be held up or made to fail."""
+
+    def __init__(self) -> None:
+        self.counter = CompileCounter()
+        self.threads: set[str] = set()
+        self.going = threading.Event()
+        self.going.set()
+        self.error: Exception | None = None
+
+    @property
+    def compilations(self) -> int:
+        return self.counter.frame_count
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.threads.add(threading.current_thread().name)
+        assert self.going.wait(60)
+        if self.error is not None:
+            raise self.error
+        return self.counter(graph, inputs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def backend() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
+    pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
+    pipe.waits_for_compile = False
+    use(pipe, backend)
+    yield pipe
+    backend.going.set()
+    assert pipe.close(60)
+
+
+def use(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    pipe.compiler.backend = backend
+    for piece in pipe._decoder_steps.values():
+        piece.backend = backend
+
+
+def request(**changes: Any) -> GenerationRequest:
+    return GenerationRequest(**({"prompt": PROMPT, "seed": 7, "seconds": 3, "compile": True} | changes))
+
+
+def made(pipe: SelfForcingPipeline, **changes: Any) -> tuple[np.ndarray, str]:
+    video = pipe.generate(request(**changes))
+    return video.frames, video.run.applied["compile"]
+
+
+def finish(pipe: SelfForcingPipeline) -> None:
+    pipe.compiler.wait(lambda: None)
+
+
+# ---- pieces
+
+
+def doubled(owner: nn.Module, x: torch.Tensor, pair: tuple[torch.Tensor | None, bool]) -> torch.Tensor:
+    return owner.weight * x * (2 if pair[1] else 1)
+
+
+def test_a_kind_of_call_is_compiled_when_it_comes_twice_in_a_row(backend: Counted) -> None:
+    compiler, owner = Compiler(backend), nn.Linear(3, 1)
+    piece = Piece(doubled, compiler)
+    first, other = (torch.ones(3), (None, True)), (torch.ones(2, 3), (None, True))
+    for arguments in (first, other, first, other):
+        piece(owner, *arguments)
+    compiler.wait(lambda: None)
+    assert compiler.state([piece]) == CompileState("off") and backend.compilations == 0
+    piece(owner, *other)
+    compiler.wait(lambda: None)
+    assert compiler.state([piece]) == CompileState("ready", 1, 1, 0.0)
+    assert backend.compilations == 1 and backend.threads == {"compile"}
+    piece.enabled = True
+    with torch.inference_mode():
+        assert torch.equal(piece(owner, *other), doubled(owner, *other))
+        assert torch.equal(piece(owner, *first), doubled(owner, *first))
+    assert backend.compilations == 1 and piece.ready == {kind_of(other)}
+    compiler.learns = False
+    for _ in range(2):
+        piece(owner, *first)
+    assert piece.known == {kind_of(other)}
+
+
+def test_what_a_kind_is() -> None:
+    x = torch.ones(2, 3, dtype=torch.float16)
+    same = kind_of((torch.zeros(2, 3, dtype=torch.float16), (None, "Rep"), 1))
+    assert kind_of((x, (None, "Rep"), 1)) == same
+    others = [x.float(), x.t().contiguous().t(), x[:1]]
+    assert all(kind_of((other, (None, "Rep"), 1)) != same for other in others)
+    assert kind_of((x, (x, "Rep"), 1)) != same != kind_of((x, (None, "Rep"), 2))
+    built = kind_of((others[1],))[0]
+    assert isinstance(built, Blueprint) and built.build().stride() == (1, 2)
+
+
+# ---- the pipeline
+
+
+def test_a_run_is_plain_and_says_so_until_everything_is_compiled(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    plain, said = made(pipe, compile=False)
+    assert said == "off" and pipe.compile_state(request()).state == "off"
+    backend.going.clear()
+    for _ in range(2):
+        frames, said = made(pipe)  # ends, although the compiler does not
+        assert said.startswith("warming up: this run is uncompiled, ready in")
+        assert np.array_equal(frames, plain)
+    state = pipe.compile_state(request())
+    assert (state.state, state.done, state.total) == ("warming", 0, 2 * PIECES + 1)
+    backend.going.set()
+    finish(pipe)
+    assert pipe.compile_state(request()).state == "ready"
+    frames, said = made(pipe)
+    assert said == "on" and np.array_equal(frames, plain)
+    assert backend.threads == {"compile"}
+
+    # Compiled code really runs: without the plain functions, all but the first frames of a clip can be made.
+    for piece in pipe._transformer.pieces(False):
+        piece.plain = None
+    assert np.array_equal(made(pipe)[0], plain)
+    pipe._decoder_steps[False].plain = None
+    with pytest.raises(TypeError):
+        made(pipe)
+
+    # Switched off, everything is as it was.
+    block = pipe._transformer._transformer.blocks[0]
+    assert set(CausalWanBlock.COMPILED) <= set(vars(block))
+    assert np.array_equal(made(pipe, compile=False)[0], plain)
+    assert not set(CausalWanBlock.COMPILED) & set(vars(block))
+    assert block.close_attention.__func__ is CausalWanBlock.close_attention
+    assert pipe._decoders[False].step is None
+
+
+def test_what_is_compiled_is_known_beforehand_and_nothing_is_added(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    made(pipe)
+    finish(pipe)
+    # One block and, with the clean pass of the one before, two; one step of the decoder.
+    assert backend.compilations == 2 * PIECES + 1
+    assert len(pipe._transformer._transformer.blocks) == 2, "both layers run the same code"
+    spec, graphs = pipe.spec, backend.compilations
+    assert spec.blocks_for(9, spec.fps) * spec.frames_per_block > 2 * spec.window_frames
+    plain, _ = made(pipe, seconds=9, compile=False)
+    frames, said = made(pipe, seconds=9)
+    assert said == "on" and np.array_equal(frames, plain)
+    made(pipe, prompt="a blue car", seed=8, fps=24)
+    pipe.merge_clean_pass = False
+    made(pipe)
+    pipe.merge_clean_pass = True
+    assert backend.compilations == graphs
+    assert pipe.compile_state(request(taehv=True)).state == "warming"
+    made(pipe, taehv=True)
+    finish(pipe)
+    taehv, _ = made(pipe, taehv=True, compile=False)
+    assert np.array_equal(made(pipe, taehv=True, seconds=3)[0], taehv)
+    made(pipe, taehv=True, seconds=5)
+    assert backend.compilations == graphs + 1
+
+
+def test_with_weights_in_8_bits_only_the_decoder_is_compiled(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    plain, _ = made(pipe, fp8=True, compile=False)
+    made(pipe, fp8=True)
+    finish(pipe)
+    assert backend.compilations == 1
+    frames, said = made(pipe, fp8=True)
+    assert said == "the decoder only, because of FP8" and np.array_equal(frames, plain)
+    made(pipe)
+    finish(pipe)
+    graphs = backend.compilations
+    whole, _ = made(pipe)
+    made(pipe, fp8=True)
+    again, said = made(pipe)  # loaded anew, and run by the code compiled for the weights before
+    assert said == "on" and np.array_equal(again, whole) and backend.compilations == graphs
+
+
+def test_who_waits_gets_compiled_code_in_the_first_run(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    heard: list[CompileState] = []
+    pipe.waits_for_compile, pipe.on_compiling = True, heard.append
+    plain, _ = made(pipe, seconds=1, compile=False)
+    frames, said = made(pipe, seconds=1)
+    assert said == "on" and np.array_equal(frames, plain)
+    assert backend.compilations == 2 * PIECES + 1
+    assert heard[-1].state == "ready" and pipe.waits_for_compile
+    shares = [state.done for state in heard]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
+    pipe: SelfForcingPipeline, backend: Counted, waits: bool
+) -> None:
+    plain, _ = made(pipe, compile=False)
+    backend.error = RuntimeError("no such instruction")
+    pipe.waits_for_compile = waits
+    if waits:
+        with pytest.raises(OptionUnavailable, match=r"torch\.compile failed on this machine"):
+            made(pipe)
+    else:
+        assert made(pipe)[1].startswith("warming up")
+        finish(pipe)
+    state = pipe.compile_state(request())
+    assert state.state == "failed" and "torch.compile failed" in state.reason
+    assert "torch.compile failed" in pipe.unavailable_options()["compile"]
+    with pytest.raises(OptionUnavailable, match="Switch it off"):
+        made(pipe)
+    assert np.array_equal(made(pipe, compile=False)[0], plain)
+
+
+def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    backend.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    made(pipe)
+    finish(pipe)
+    assert "the disk is full" in pipe.compile_state(request()).reason
+
+
+def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: Counted) -> None:
+    def load() -> SelfForcingPipeline:
+        pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
+        pipe.waits_for_compile = False
+        use(pipe, backend)
+        return pipe
+
+    backend.going.clear()
+    with ModelWorker(load) as worker:
+        list(worker.submit(request()))
+        wait_until(lambda: backend.threads)
+        old = weakref.ref(worker.wait_ready())
+        embedding = weakref.ref(worker.wait_ready()._transformer._transformer.patch_embedding)
+        worker.switch(lambda: ScriptedPipeline())
+        gc.collect()
+        assert old() is None and embedding() is None, "all but the block that is being compiled"
+        blocks: list[FrameBlock] = list(worker.submit(request(compile=False)))
+        assert blocks
+        backend.going.set()
+
+
+def test_closing_says_whether_a_compilation_goes_on(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    backend.going.clear()
+    worker = ModelWorker(pipe)
+    list(worker.submit(request()))
+    wait_until(lambda: backend.threads)
+    assert not worker.close(timeout=0.2), "the program must then not wait for the thread, nor leave it without torch"
+    backend.going.set()
+    assert pipe.close(60) and backend.compilations == 1, "nothing more was begun"
+
+
+# ---- the page
+
+
+@pytest.fixture
+def generator(pipe: SelfForcingPipeline, tmp_path: Path) -> Iterator[Generator]:
+    with ModelWorker(pipe) as worker:
+        worker.wait_ready()
+        yield Generator(worker, VideoStore(tmp_path / "videos"))
+
+
+def test_a_comparison_waits_for_the_warm_up(generator: Generator, backend: Counted) -> None:
+    backend.going.clear()
+    comparer = Comparer(generator)
+    plain = request(compile=False)
+    for _ in range(2):
+        with pytest.raises(OptionUnavailable, match=r"warming up .*Try again"):
+            comparer.checked_pair(plain, {"compile": True}, {"compile": False})
+    comparer.checked_pair(plain, {"taehv": True}, {"taehv": False})
+    backend.going.set()
+    wait_until(lambda: generator.warm_ups.state(request()).state == "ready", 60)
+    assert comparer.checked_pair(plain, {"compile": True}, {"compile": False}).differs == ("compile",)
+    assert backend.compilations == 2 * PIECES + 1, "everything, although nobody has made a video"
+    (*_, last) = generator.run(request(), "somebody", streamed=False)
+    assert last.meter.run.applied["compile"] == "on" and backend.compilations == 2 * PIECES + 1
+
+
+def test_the_page_tells_how_far_it_is() -> None:
+    line = status.warming(CompileState("warming", 3, 8, 40.4))
+    assert "torch.compile is warming up: 3 of 8, about 40 s left; videos are made without it until then" in line
+    assert "width:37.5%" in line
+    assert "warming up; videos" in status.warming(CompileState("off"))
+    assert "is ready" in status.warming(CompileState("ready", 8, 8, 0.0))
+    assert "sf-wrong" in status.warming(CompileState("failed", reason="No <compiler>.")) and "&lt;compiler" in (
+        status.warming(CompileState("failed", reason="No <compiler>."))
+    )
+    assert CompileState("warming", 3, 8, 40.44).as_dict() == {
+        "state": "warming",
+        "done": 3,
+        "total": 8,
+        "seconds_left": 40.4,
+        "reason": "",
+    }
+
+
+def test_the_box_begins_the_warm_up(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    with ModelWorker(pipe) as worker:
+        worker.wait_ready()
+        page = Page(worker, 20)
+        (choose, look) = (
+            next(f.fn for f in page.blocks.fns.values() if getattr(f.fn, "__name__", "") == name and "warming" in where)
+            for name, where in (("choose", "warming"), ("look", "warming"))
+        )
+        assert choose(False, False, False)[0] == "" and choose("yes", 1, None)[0] == ""
+        line, timer = choose(False, False, True)
+        assert "warming up" in line and timer.active
+        wait_until(lambda: "is ready" in look(False, False, True)[0], 60)
+        assert not look(False, False, True)[1].active
+        answer = next(f.fn for f in page.blocks.fns.values() if f.api_name == "options")()
+        assert answer["compile"] == CompileState("ready", 7, 7, 0.0).as_dict()
+
+
+def test_the_warm_up_can_begin_at_the_start(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    assert app.parse(["--compile"]).compile and not app.parse([]).compile
+    assert app.warmed_up(pipe) is pipe and pipe.compile_state(request()).state == "off"
+    assert app.warmed_up(pipe, compile=True) is pipe
+    assert pipe.compile_state(request()).state in ("warming", "ready")
+    finish(pipe)
+    assert pipe.compile_state(request()).state == "ready"
+    app.warmed_up(ScriptedPipeline(), compile=True)
+
+
+def test_a_pipeline_that_compiles_nothing_has_no_line(tmp_path: Path) -> None:
+    with ModelWorker(ScriptedPipeline()) as worker:
+        worker.wait_ready()
+        generator = Generator(worker, VideoStore(tmp_path))
+        generator.warm_ups.begin(request())
+        assert generator.warm_ups.state(request()) is None
+        Comparer(generator).checked_pair(request(compile=False), {"compile": True}, {"compile": False})
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.delenv(compile_cache.TORCH_VARIABLE, raising=False)
+    monkeypatch.setenv(compile_cache.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setattr(compile_cache, "_own", None)
+    monkeypatch.setattr(compile_cache, "_given_up", False)
+    return tmp_path / "home" / "compile"
+
+
+def test_the_cache_is_a_folder_that_stays(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_cache.use()
+    assert os.environ[compile_cache.TORCH_VARIABLE] == str(no_cache) and no_cache.is_dir()
+    assert not compile_cache.give_up(), "there is nothing in it"
+    (no_cache / "code").write_bytes(b"x" * 1000)
+    assert compile_cache.size() == 1000
+    assert compile_cache.give_up() and no_cache.is_dir() and compile_cache.size() == 0
+    assert list(no_cache.parent.iterdir()) == [no_cache]
+    (no_cache / "code").write_bytes(b"x")
+    assert not compile_cache.give_up(), "once is enough"
+
+
+def test_a_folder_that_somebody_chose_is_left_alone(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = no_cache.parent.parent / "chosen"
+    chosen.mkdir()
+    (chosen / "code").touch()
+    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, str(chosen))
+    compile_cache.use()
+    assert compile_cache.folder() == chosen and not compile_cache.give_up() and (chosen / "code").exists()
+
+
+def test_without_a_place_for_it_torch_takes_its_own(no_cache: Path) -> None:
+    no_cache.parent.write_text("a file")
+    compile_cache.use()
+    assert compile_cache.TORCH_VARIABLE not in os.environ
+    assert compile_cache.size() == 0
+
+
+COMPILES = """
+import torch
+from torch._dynamo.utils import counters
+from pipeline.compiling import Compiler, Piece
+from pipeline.transformer import CausalWanBlock
+from tests.small import small_transformer
+
+block = small_transformer().blocks[0]
+compiler = Compiler()
+piece = Piece(CausalWanBlock.close_attention, compiler)
+hidden, out, modulation = torch.ones(1, 6, 24), torch.ones(1, 6, 2, 12), torch.ones(1, 3, 4, 1, 24)
+with torch.inference_mode():
+    plain = [piece(block, hidden, out, modulation) for _ in range(2)][0]
+    compiler.wait(lambda: None)
+    piece.enabled = True
+    assert compiler.state([piece]).state == "ready", compiler.failure
+    assert torch.allclose(piece(block, hidden, out, modulation), plain, atol=1e-5)
+found = counters["inductor"]
+print(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+"""
+
+
+def test_the_second_start_finds_what_the_first_has_compiled(no_cache: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+    def start() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILES], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    assert start() == "0 1"
+    assert start() == "1 0"
+    for file in [path for path in no_cache.rglob("*") if path.is_file()]:
+        file.write_bytes(b"damaged")
+    hit, missed = start().split()
+    assert (hit, int(missed) > 0) == ("0", True), "what is damaged is compiled anew"
+    assert start() == "1 0"
