@@ -770,6 +770,7 @@ def test_an_option_that_cannot_work_is_refused_and_never_replaced_in_silence(
     assert {**blocks[0].run.applied} == {
         "device": "cpu",
         "precision": "float32",
+        "attention": "PyTorch's choice",
         "decoder": "Wan VAE",
         "compile": "off",
     }
