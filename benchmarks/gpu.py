@@ -7,7 +7,6 @@ prints a table last. `--small` does the same on any machine, in a size that says
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import alone, machine, side_by_side
 from benchmarks.interleave import Variant
@@ -29,6 +27,7 @@ from benchmarks.random_model import RandomModel, published, small
 from benchmarks.results import SCHEMA, aligned, number, plain
 from benchmarks.session import QUICK, Scale, Session
 from benchmarks.watch import WatchedPipeline, WatchedReference
+from pipeline.attention_backends import AttentionChoice, AttentionShapes, choose_attention
 from pipeline.cli import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -43,6 +42,8 @@ from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError,
 SCALE = Scale(rounds=3, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
 AGREEMENT_BLOCKS = 2
 """In float32 at full size, which takes a GPU many times as long."""
+FORCED = ("flash", "cudnn")
+"""Attention backends that are also measured by force."""
 LEAST_SECONDS = 20.0
 """What must be left for a part to be begun."""
 ROLLOUT_WINDOW = 12
@@ -152,11 +153,11 @@ def agreement(session: Session, until: float) -> dict[str, Any]:
 
 
 def references(session: Session, until: float) -> dict[str, Any]:
-    """The reference mode with both kernels, so that attention and design are not mixed."""
+    """The reference with the same attention and with each of torch's, so that attention and design are not mixed."""
     ours = session.pipeline()
     named = {
-        f"reference{suffix}": Variant(WatchedReference.beside(ours), {"taehv": session.has_taehv}, around)
-        for suffix, around in kernels(session).items()
+        f"reference{suffix}": Variant(WatchedReference.beside(ours, attention=choice), {"taehv": session.has_taehv})
+        for suffix, choice in attention_choices(ours).items()
     }
     return side_by_side.against_default(
         session, named, until, changes={"taehv": session.has_taehv}, how_much_faster_is_the_default=True
@@ -164,11 +165,11 @@ def references(session: Session, until: float) -> dict[str, Any]:
 
 
 def attention(session: Session, until: float) -> dict[str, Any]:
-    """The default with its kernels forced, and without the merged clean pass."""
+    """The default with each of torch's kernels forced, and without the merged clean pass."""
     ours = session.pipeline()
     named = {
-        f"attention{suffix}": Variant(WatchedPipeline.beside(ours), {}, around)
-        for suffix, around in kernels(session).items()
+        f"attention{suffix}": Variant(WatchedPipeline.beside(ours, attention=choice))
+        for suffix, choice in attention_choices(ours).items()
         if suffix
     }
     named["separate clean pass"] = Variant(WatchedPipeline.beside(ours, merge_clean_pass=False))
@@ -218,12 +219,17 @@ PARTS: dict[str, Part] = {
 }
 
 
-def kernels(session: Session) -> dict[str, Callable[[], contextlib.AbstractContextManager[object]]]:
-    """Suffix of a variant's name -> what its blocks are made within. torch's `flash` is FlashAttention 2, as theirs."""
-    found: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {"": contextlib.nullcontext}
-    if session.device.type == "cuda":
-        found[", flash"] = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
-        found[", cudnn"] = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+def attention_choices(pipeline: WatchedPipeline) -> dict[str, AttentionChoice]:
+    """Suffix of a variant's name -> what attends: as by default, and by force. torch's `flash` is FlashAttention 2, as
+    theirs is on an H200."""
+    found = {"": pipeline.attention}
+    transformer = pipeline._transformer
+    shapes = AttentionShapes.of(transformer.config, pipeline.spec)
+    for name in FORCED:
+        try:
+            found[f", {name}"] = choose_attention(name, shapes, transformer.device, transformer.dtype)
+        except OptionUnavailable:
+            continue  # this device has none
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
@@ -24,13 +23,11 @@ class Variant:
     Attributes:
         pipeline: a watched one.
         changes: made to the request, as in {"taehv": True}.
-        around: what a block is made within, such as a choice of attention kernels.
         encode: whether blocks are encoded to segments, as the page and the command line do.
     """
 
     pipeline: Watched
     changes: Mapping[str, bool] = field(default_factory=dict)
-    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     encode: bool = False
 
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
@@ -90,8 +87,7 @@ def interleave(
             for name in list(left):
                 variant = variants[name]
                 before = clock()
-                with variant.around():
-                    block = next(streams[name], None)
+                block = next(streams[name], None)
                 took = clock() - before
                 if block is None:
                     left.remove(name)

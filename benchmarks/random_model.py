@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from benchmarks.watch import WatchedPipeline
+from pipeline.attention_backends import AttentionShapes, choose_attention
 from pipeline.checkpoint import wan_transformer
 from pipeline.config import ModelSpec
 from pipeline.memory import Builders
@@ -77,12 +78,14 @@ class RandomModel:
             self._text_model = make("text_encoder")
         vae = make("vae")
         speed_up(vae)
+        transformer = TransformerOptions(lambda: make("transformer"))
         return WatchedPipeline(
             self._spec,
-            TransformerOptions(lambda: make("transformer")),
+            transformer,
             TextEncoder(self._text_model, tokenizer(), self._spec.text_len),
             vae,
             make("taehv") if "taehv" in self._builders else None,
+            attention=choose_attention("auto", AttentionShapes.of(transformer.config, self._spec), device, dtype),
         )
 
 

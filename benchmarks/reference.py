@@ -16,16 +16,21 @@ frames become bytes is not compared: it is done here as there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
 
 from benchmarks.reference_decoder import ReferenceTaehvDecoder, original_layers
 from benchmarks.reference_network import ReferenceText, ReferenceTransformer, SearchedSigmas
+from pipeline.attention import Kernel
+from pipeline.attention_backends import AttentionChoice
 from pipeline.blocks import RunInfo
+from pipeline.compiling import Compiler, Piece
 from pipeline.control import checkpoint
 from pipeline.decoder import WanStreamDecoder
+from pipeline.errors import InvalidRequest
+from pipeline.float8 import form_on
 from pipeline.generator import SelfForcingPipeline
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
@@ -34,11 +39,19 @@ from pipeline.text import TextEncoder
 
 
 class ReferenceOptions:
-    """Stands for `TransformerOptions`; the reference has no switches."""
+    """Stands for `TransformerOptions`; the reference has no switches, and nothing of it is compiled."""
 
     def __init__(self, transformer: ReferenceTransformer) -> None:
         self._transformer = transformer
-        self.device, self.dtype = transformer.device, transformer.dtype
+        self.device, self.dtype, self.config = transformer.device, transformer.dtype, transformer.config
+        self.fp8_form = form_on(self.device, self.dtype)
+        self.compiler = Compiler()
+
+    def use_attention(self, kernel: Kernel | None) -> None:
+        self._transformer.kernel = kernel
+
+    def pieces(self, fp8: bool) -> tuple[Piece, ...]:
+        return ()
 
     def apply(self, *, fp8: bool, compile: bool) -> ReferenceTransformer:
         return self._transformer
@@ -47,15 +60,26 @@ class ReferenceOptions:
 class ReferencePipeline(SelfForcingPipeline):
     """Makes the same video as the pipeline it stands beside, in the authors' way."""
 
+    takes_start = False
+
     @classmethod
-    def beside(cls, pipeline: SelfForcingPipeline) -> Self:
-        """With the weights of a pipeline, which goes on working and must not store them in 8 bits."""
+    def beside(cls, pipeline: SelfForcingPipeline, *, attention: AttentionChoice | None = None) -> Self:
+        """With the weights of a pipeline, which goes on working and must not store them in 8 bits.
+
+        Args:
+            attention: what attends; default: what does in the other pipeline.
+        """
         transformer = ReferenceTransformer(pipeline._transformer.apply(fp8=False, compile=False))
         decoders = pipeline._decoders
         taehv = decoders[True].weights if True in decoders else None
         text = TextEncoder(pipeline.text.model, pipeline.text.tokenizer, pipeline.text.text_len)
         reference = cls(
-            pipeline.spec, ReferenceOptions(transformer), text, original_layers(decoders[False].weights), taehv
+            pipeline.spec,
+            ReferenceOptions(transformer),
+            text,
+            original_layers(decoders[False].weights),
+            taehv,
+            attention=attention or pipeline.attention,
         )
         if taehv is not None:
             reference._decoders[True] = ReferenceTaehvDecoder(taehv)
@@ -66,7 +90,11 @@ class ReferencePipeline(SelfForcingPipeline):
         reasons = {name: f"The reference mode has no {name}." for name in ("fp8", "compile")}
         return super().unavailable_options() | reasons
 
-    def _roll_out(self, model: ReferenceTransformer, text: ReferenceText, run: RunInfo) -> Iterator[torch.Tensor]:
+    def _roll_out(
+        self, model: ReferenceTransformer, text: ReferenceText, run: RunInfo, given: Sequence[torch.Tensor] = ()
+    ) -> Iterator[torch.Tensor]:
+        if given:
+            raise InvalidRequest("The reference mode starts from nothing else.")
         spec, frames = self.spec, self.spec.frames_per_block
         shape = (1, frames, *spec.latent_shape(model.config.in_channels))
         cache = self._fresh_cache(model)

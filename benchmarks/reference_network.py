@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.attention import Kernel, attention
 from pipeline.cache import CacheWindow
 from pipeline.errors import InvalidRequest
 from pipeline.rotary import to_device
@@ -91,6 +92,8 @@ class ReferenceTransformer:
         self._model = model
         self.config = model.config
         self.device, self.dtype = model.device, model.dtype
+        self.kernel: Kernel | None = None
+        """What attends; None: torch's own choice."""
         spatial = 2 * (self.config.attention_head_dim // 6)
         temporal = self.config.attention_head_dim - 2 * spatial
         tables = [_rotary_table(temporal), _rotary_table(spatial), _rotary_table(spatial)]
@@ -167,7 +170,7 @@ class ReferenceTransformer:
         layer.key[:, local_end - added : local_end] = key
         layer.value[:, local_end - added : local_end] = value
         seen = slice(max(0, local_end - size), local_end)
-        out = _attention(query, layer.key[:, seen], layer.value[:, seen])
+        out = attention(query, layer.key[:, seen], layer.value[:, seen], None, self.kernel)
         layer.global_end.fill_(end)
         layer.local_end.fill_(local_end)
         return attn.to_out[0](out.flatten(2))
@@ -181,7 +184,7 @@ class ReferenceTransformer:
         if found is None:
             key = _rms_norm(attn.to_k(context), attn.norm_k.weight, eps).unflatten(2, (attn.heads, -1))
             found = text.layers[index] = key, attn.to_v(context).unflatten(2, (attn.heads, -1))
-        return attn.to_out[0](_attention(query, *found).flatten(2))
+        return attn.to_out[0](attention(query, *found, None, self.kernel).flatten(2))
 
     def _rotated(self, x: Tensor, grid: tuple[int, int, int], start_frame: int) -> Tensor:
         """x [1, tokens, heads, head_dim] times its rotary positions, float64."""
@@ -262,8 +265,3 @@ def _scaled(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
     return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    parts = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2)

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.reference import ReferencePipeline
 from benchmarks.reference_decoder import twin
+from pipeline.attention_backends import AttentionChoice
 from pipeline.generator import SelfForcingPipeline
 from pipeline.options import TransformerOptions
 from pipeline.text import TextEncoder
@@ -94,12 +95,14 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
         merge_clean_pass: bool = True,
         window: tuple[int, int] | None = None,
         own_weights: bool = False,
+        attention: AttentionChoice | None = None,
     ) -> Self:
         """Another pipeline with the same weights and a state of its own.
 
         Args:
             window: of its cache, in latent frames, and how many of them are the sink, if it shall be another.
             own_weights: its transformer is a copy, for switches that change weights.
+            attention: what attends; default: what does in the other pipeline.
         """
         model = pipeline._transformer.apply(fp8=False, compile=False)
         changed = {} if window is None else dict(zip(("window_frames", "sink_frames"), window, strict=True))
@@ -111,6 +114,7 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
             decoders[False].weights,
             decoders[True].weights if True in decoders else None,
             merge_clean_pass=merge_clean_pass,
+            attention=attention or pipeline.attention,
         )
 
 
