@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
-from pipeline.errors import InvalidRequest
+from pipeline.errors import InvalidRequest, NonFiniteOutput
 from pipeline.taehv import TAEHV, Memory
 
 __all__ = ["StreamDecoder", "TaehvStreamDecoder", "WanStreamDecoder", "encode_taehv", "encode_wan"]
@@ -123,6 +124,14 @@ class TaehvStreamDecoder:
         if starts:  # the first latent stands for one frame; what the layers make before it is warm-up
             frames = frames[:, self._taehv.temporal_scale - 1 :]
         return _clamped(frames, 0, 1)
+
+
+def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
+    """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]. NaN, which would become black, is refused."""
+    if not torch.isfinite(frames).all():
+        raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
+    pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return pixels.contiguous().cpu().numpy()
 
 
 @torch.no_grad()

@@ -7,34 +7,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.attention_backends import AttentionChoice, AttentionShapes, choose_attention
+from pipeline.assembly import load_parts
+from pipeline.attention_backends import AttentionChoice
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.compiling import CompileState, Piece
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
-from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, to_uint8
 from pipeline.enhance import Enhancer
-from pipeline.errors import NonFiniteOutput, OptionUnavailable, SelfForcingError, WeightsError
-from pipeline.float8 import store_in_8_bits
-from pipeline.folder import ModelFolder
-from pipeline.loading import LOADED_SHARE, report_loading
+from pipeline.errors import NonFiniteOutput, OptionUnavailable, SelfForcingError
 from pipeline.options import TransformerOptions, compile_failure, unavailable_options
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_noise
-from pipeline.start import Start
+from pipeline.start_latents import decode_start, encode_start
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
-from pipeline.wan_layers import speed_up
 
 WARM_UP_SECONDS = 10.0
 LEARNING_BLOCKS = 3
@@ -131,46 +127,7 @@ class SelfForcingPipeline:
             OptionUnavailable: that attention cannot be used here.
             WeightsError: something is missing, damaged or of another kind.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
-        source = ModelFolder(folder)
-        spec = placement.fitted(source.spec)
-
-        def load(name: str) -> Any:
-            report_loading(f"Loading the {name.replace('_', ' ')}", LOADED_SHARE * source.share_before(name))
-            part = source.load(name, dtype)
-            if name != "text_encoder":
-                return part.to(target)
-            if placement.text_fp8:
-                store_in_8_bits(part, dtype)
-            return part.to(target) if placement.text_encoder == "device" else part
-
-        # In the order of `CLASSES`, so that what is reported only grows.
-        transformer = TransformerOptions(lambda: load("transformer"))
-        # Before there is anything but weights: what the comparison takes of the device's memory, is free now.
-        kernel = choose_attention(attention, AttentionShapes.of(transformer.config, spec), target, dtype)
-        visits = target if placement.text_encoder == "offload" else None
-        text = TextEncoder(load("text_encoder"), source.load_tokenizer(), spec.text_len, visits=visits)
-        vae = load("vae")
-        speed_up(vae)
-        taehv = load("taehv") if source.has("taehv") else None
-        for name, stride in (("vae", vae.config.scale_factor_spatial), ("taehv", taehv and taehv.spatial_scale)):
-            if stride not in (None, spec.spatial_stride):
-                raise WeightsError(
-                    f"The {name} of {spec.name} makes {stride} pixels of a latent cell, but model_index.json says "
-                    f"spatial_stride {spec.spatial_stride}. Get the model folder again."
-                )
-        return cls(
-            spec,
-            transformer,
-            text,
-            vae,
-            taehv,
-            enhancer=source.load_enhancer(text.vocabulary),
-            weights_sha256=source.sha256("transformer"),
-            placement=placement,
-            attention=kernel,
-        )
+        return cls(**load_parts(folder, device, dtype, placement, attention))
 
     @property
     def preset(self) -> dict[str, bool]:
@@ -234,7 +191,11 @@ class SelfForcingPipeline:
         prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
         decoder = self._decoders[request.taehv]
-        given = () if request.start is None else self._encode(request.start, model)
+        given: Sequence[torch.Tensor] = ()
+        if request.start is not None:
+            checkpoint()
+            latents = encode_start(request.start, self._vae, self.spec)
+            given = latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
         decoder.step = self._decoder_steps[request.taehv] if request.compile else None
         self.compiler.learns = not self.waits_for_compile  # who waits has learnt, and may end the program after this
         for piece in self._pieces(request):  # for the whole run: half of it compiled would be neither
@@ -252,7 +213,7 @@ class SelfForcingPipeline:
             if not torch.isfinite(latents).all():
                 raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
             denoised = time.perf_counter()
-            before = _shown(decoder, given, request.start) if index == 0 else []
+            before = decode_start(request.start, given, decoder) if request.start is not None and index == 0 else []
             frames = to_uint8(decoder.decode(latents), index)
             frames = np.concatenate([*before, frames]) if before else frames
             decoded = time.perf_counter()
@@ -360,23 +321,6 @@ class SelfForcingPipeline:
         if self.compiler.failure is not None:
             raise OptionUnavailable(self.compiler.failure)
 
-    def _encode(self, start: Start, model: CausalWanTransformer3DModel) -> Sequence[torch.Tensor]:
-        """What a clip starts from, as blocks of latents [1, F, C, h, w].
-
-        A picture stands still for a block; for a model with blocks of one frame it just is that frame. (To hold it in
-        the first frame of a block that is made, with a timestep of its own, moved no more with the embedded model, and
-        the published block-wise weights have never seen unequal timesteps in a block.) The encoder gives the mean of
-        its posterior: nothing is drawn, and the same file gives the same latents.
-        """
-        checkpoint()
-        frames = torch.tensor(start.frames).permute(0, 3, 1, 2)
-        if start.kind == "image":
-            frames = frames.expand(self.spec.frames_in(1), -1, -1, -1)
-        latents = encode_wan(self._vae, frames[None].float().div(255))
-        if not torch.isfinite(latents).all():
-            raise NonFiniteOutput("The encoder produced invalid numbers from what the clip starts from.")
-        return latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
-
     def _roll_out(
         self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]
     ) -> Iterator[torch.Tensor]:
@@ -416,21 +360,3 @@ class SelfForcingPipeline:
             self._cache = model.make_cache(window, height, width)
         self._cache.reset()
         return self._cache
-
-
-def _shown(decoder: StreamDecoder, given: Sequence[torch.Tensor], start: Start | None) -> list[np.ndarray]:
-    """The frames a clip starts from as the decoder shows them, [T, H, W, 3] uint8 each; one of a picture.
-
-    Not those of the file: the decoder's are a little softer, and the next ones follow from them. It has to see them
-    anyway, or the next block would begin a clip of its own.
-    """
-    frames = [to_uint8(decoder.decode(latents), 0) for latents in given]
-    return [frames[-1][-1:]] if start is not None and start.kind == "image" else frames
-
-
-def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
-    """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]. NaN, which would become black, is refused."""
-    if not torch.isfinite(frames).all():
-        raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
-    pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
-    return pixels.contiguous().cpu().numpy()

@@ -22,6 +22,7 @@ from pipeline.memory import META, LiveBytes
 from pipeline.recipe import build_recipe, needed_start, request_from_recipe, settings_from_recipe
 from pipeline.start import Start
 from pipeline.start_file import read_start
+from pipeline.start_latents import encode_start
 from tests.pictures import encoded, picture, write_video
 from tests.small import write_blocks, write_model_folder
 from training.world import ClipParams, render
@@ -152,8 +153,7 @@ def test_latents_are_normalised(tmp_path: Path) -> None:
     assert text != config.read_text()
     config.write_text(text)
     halved = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-    model = plain._transformer.apply(fp8=False, compile=False)
-    one, two = (torch.cat(list(p._encode(video(), model)), 1) for p in (plain, halved))
+    one, two = (encode_start(video(), p._vae, p.spec) for p in (plain, halved))
     assert torch.allclose(one, 2 * two, atol=1e-6)
     assert np.abs(one.numpy()).max() > 0
 
@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_encodes_nothing(pipe: SelfForcingPipeline) -> Non
 
 
 def test_invalid_numbers_of_the_encoder_are_noticed(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.generator.encode_wan", lambda vae, frames: torch.full((1, 3, 4, 2, 4), torch.nan))
+    monkeypatch.setattr("pipeline.start_latents.encode_wan", lambda vae, frames: torch.full((1, 3, 4, 2, 4), torch.nan))
     with pytest.raises(NonFiniteOutput, match="encoder"):
         pipe.generate(request(start=image()))
 

@@ -20,10 +20,9 @@ import torch
 
 from pipeline import GenerationRequest
 from pipeline.config import ModelSpec, clean_prompt
-from pipeline.decoder import WanStreamDecoder
+from pipeline.decoder import WanStreamDecoder, to_uint8
 from pipeline.errors import TrainingError, WeightsError
 from pipeline.folder import ModelFolder
-from pipeline.generator import to_uint8
 from pipeline.rotary import to_device
 from pipeline.sampler import block_noise
 from pipeline.text import TextEncoder
