@@ -252,6 +252,23 @@ class Compiler:
                     return
                 self._lock.wait(seconds)
 
+    def withdraw(self, pieces: Iterable[Piece], poll: Callable[[], object], seconds: float = 0.2) -> None:
+        """Compile nothing more of these pieces. Returns when none is being compiled: their weights may change then.
+
+        A compilation that has begun cannot be interrupted, so this may wait for one; `poll` is called meanwhile, and
+        what it raises ends the waiting. Kinds of calls that were not reached may be learnt anew.
+        """
+        pieces = set(pieces)
+        while True:
+            poll()
+            with self._lock:
+                for unit in [unit for unit in self._units if unit.piece in pieces]:
+                    self._units.remove(unit)
+                    unit.piece.known.discard(unit.kind)
+                if self._current is None or self._current.piece not in pieces:
+                    return
+                self._lock.wait(seconds)
+
     def close(self, timeout: float = 0.0) -> bool:
         """Compile nothing more. A compilation that goes on cannot be interrupted, but nobody needs to wait for its end.
 

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.attention import Kernel
 from pipeline.compiling import Compiler, Piece, failure_sentence
+from pipeline.control import checkpoint
 from pipeline.errors import OptionUnavailable
 from pipeline.float8 import form_on, multiply_in_8_bits, store_in_8_bits
 from pipeline.transformer import CausalWanBlock, CausalWanTransformer3DModel
@@ -55,7 +56,14 @@ class TransformerOptions:
             self._transformer.use_attention(kernel)
 
     def apply(self, *, fp8: bool, compile: bool) -> CausalWanTransformer3DModel:
-        """The transformer as asked for; the same object as before if nothing changes."""
+        """The transformer as asked for; the same object as before if nothing changes.
+
+        Raises:
+            Cancelled, DeadlineExceeded: from `control.checkpoint`, while it waits for the compiler to let go of weights
+                that are to change.
+        """
+        if fp8 != self.fp8:
+            self.compiler.withdraw(self.pieces(self.fp8), checkpoint)
         if self.fp8 and not fp8:
             # The old weights go first: on a card that the model just fits, there is no room for both.
             self._transformer = None

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,24 @@ def test_with_weights_in_8_bits_only_the_decoder_is_compiled(pipe: SelfForcingPi
     made(pipe, fp8=True)
     again, said = made(pipe)  # loaded anew, and run by the code compiled for the weights before
     assert said == "on" and np.array_equal(again, whole) and backend.compilations == graphs
+
+
+def test_weights_do_not_change_under_the_compiler(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    backend.going.clear()
+    made(pipe)
+    wait_until(lambda: backend.threads)
+    blocks = pipe._transformer.pieces(False)
+    before = pipe._transformer.apply(fp8=False, compile=False)
+    with ThreadPoolExecutor(1) as other:
+        changed = other.submit(pipe._transformer.apply, fp8=True, compile=False)
+        with pytest.raises(TimeoutError):
+            changed.result(timeout=1)
+        assert next(before.blocks.parameters()).dtype == torch.float32  # still as they are compiled
+        backend.going.set()
+        assert changed.result(timeout=60) is before
+    finish(pipe)
+    assert sum(len(piece.ready) for piece in blocks) == 1  # what had begun, and nothing after it
+    assert all(piece.known == piece.ready for piece in blocks)
 
 
 def test_who_waits_gets_compiled_code_in_the_first_run(pipe: SelfForcingPipeline, backend: Counted) -> None:
