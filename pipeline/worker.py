@@ -15,32 +15,21 @@ This module knows nothing of torch: it imports in milliseconds and works with an
 
 from __future__ import annotations
 
-import gc
-import itertools
 import logging
-import sys
 import threading
-import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Self, cast
 
+from pipeline import failures
 from pipeline.blocks import FrameBlock, StreamingPipeline
 from pipeline.config import GenerationRequest
-from pipeline.control import RunControl
-from pipeline.errors import Cancelled, InvalidRequest, OptionUnavailable, OutOfMemory, SelfForcingError
+from pipeline.errors import Cancelled, InvalidRequest, SelfForcingError
+from pipeline.jobs import POLL_SECONDS, Job, Switch
 from pipeline.loading import LoadingState, heard_by
 
 logger = logging.getLogger(__name__)
-
-QUEUE_BLOCKS = 2
-"""Finished blocks that wait for their consumer; the model makes at most one more, then rests."""
-
-_POLL_SECONDS = 0.5
-"""How often a waiting thread looks whether the other side is still there."""
 
 
 class ModelWorker:
@@ -59,8 +48,8 @@ class ModelWorker:
         self._loading = LoadingState()
         self._changes = 0
         self._lock = threading.Condition()
-        self._waiting: deque[_Job | _Switch] = deque()
-        self._current: _Job | _Switch | None = None
+        self._waiting: deque[Job | Switch] = deque()
+        self._current: Job | Switch | None = None
         self._closed = False
         self._thread = self._started_thread()
 
@@ -74,7 +63,7 @@ class ModelWorker:
         if not self._loaded.wait(timeout):
             raise TimeoutError("The model is still loading.")
         if self._load_error is not None:
-            raise _again(self._load_error)
+            raise failures.again(self._load_error)
         return cast(StreamingPipeline, self._pipeline)
 
     @property
@@ -96,7 +85,7 @@ class ModelWorker:
     def exchanging(self) -> bool:
         """Whether an exchange of the model waits or goes on."""
         with self._lock:
-            return any(isinstance(job, _Switch) for job in (*self._waiting, self._current))
+            return any(isinstance(job, Switch) for job in (*self._waiting, self._current))
 
     @property
     def busy(self) -> bool:
@@ -111,7 +100,7 @@ class ModelWorker:
             max_seconds: Longest time the run may have the model, counted from its own start. After that its iteration
                 raises `DeadlineExceeded`.
         """
-        job = _Job(request, max_seconds)
+        job = Job(request, max_seconds)
         with self._lock:
             if self._closed:
                 raise SelfForcingError("The model has been shut down. Start the program again.")
@@ -130,19 +119,19 @@ class ModelWorker:
             InvalidRequest: another exchange waits or goes on.
             SelfForcingError: the new model could not be loaded; says so if the old one is lost.
         """
-        switch = _Switch(source)
+        switch = Switch(source)
         with self._lock:
             if self._closed:
                 raise SelfForcingError("The model has been shut down. Start the program again.")
-            if any(isinstance(job, _Switch) for job in (*self._waiting, self._current)):
+            if any(isinstance(job, Switch) for job in (*self._waiting, self._current)):
                 raise InvalidRequest("The model is being exchanged already. Wait until that is done.")
             self._waiting.append(switch)
             self._revive()
             self._lock.notify_all()
-        while not switch.wait(_POLL_SECONDS):
+        while not switch.wait(POLL_SECONDS):
             self._attend(switch)
         if switch.error is not None:
-            raise _again(switch.error)
+            raise failures.again(switch.error)
 
     def close(self, timeout: float | None = 5.0) -> bool:
         """Stop the current run, refuse the waiting ones, end the thread. Returns whether it ended within `timeout`."""
@@ -178,7 +167,7 @@ class ModelWorker:
             self._load()
         while (job := self._next_job()) is not None:
             try:
-                if isinstance(job, _Switch):
+                if isinstance(job, Switch):
                     self._exchange(job)
                 else:
                     self._run(job)
@@ -199,16 +188,16 @@ class ModelWorker:
             with heard_by(lambda state: setattr(self, "_loading", state)):
                 self._pipeline = source if hasattr(source, "stream") else cast(Any, source)()
         except SelfForcingError as error:
-            _clear_traces(error)
+            failures.clear_traces(error)
             return error
         except BaseException as error:  # SystemExit from deep inside a library must not end whoever waits for us
             logger.exception("The model could not be loaded")
-            return _load_failure(error)
+            return failures.load_failure(error)
         return None
 
-    def _exchange(self, switch: _Switch) -> None:
+    def _exchange(self, switch: Switch) -> None:
         before = self._source
-        failure: BaseException | None = _thread_died()  # unless it is known better
+        failure: BaseException | None = failures.thread_died()  # unless it is known better
         self._loaded.clear()
         self._load_error = failure
         self._changes += 1
@@ -217,7 +206,7 @@ class ModelWorker:
             if failure is not None:
                 self._load_error = self._load_instead(before)
                 if self._load_error is not None:
-                    failure = _both(failure, self._load_error)
+                    failure = failures.both_failures(failure, self._load_error)
         finally:
             self._changes += 1
             self._loaded.set()
@@ -229,13 +218,13 @@ class ModelWorker:
         self._source, self._pipeline = source, None
         self._loading = LoadingState()
         try:
-            free_memory()
+            failures.free_memory()
         except BaseException as error:  # noqa: BLE001 - a device that broke says so at the first question of any kind
             logger.error("The memory of the model before could not be freed", exc_info=error)
-            return _load_failure(error)
+            return failures.load_failure(error)
         return self._try_to_load()
 
-    def _next_job(self) -> _Job | _Switch | None:
+    def _next_job(self) -> Job | Switch | None:
         with self._lock:
             while not self._waiting:
                 if self._closed:
@@ -244,11 +233,11 @@ class ModelWorker:
             self._current = self._waiting.popleft()
             return self._current
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         error: BaseException | None = None
         try:
             if self._load_error is not None:
-                raise _again(self._load_error)
+                raise failures.again(self._load_error)
             with job.started() as control:
                 stream = cast(StreamingPipeline, self._pipeline).stream(job.request)
                 try:
@@ -263,7 +252,7 @@ class ModelWorker:
         except Cancelled:
             pass
         except BaseException as caught:  # noqa: BLE001 - SystemExit and the like, too: the thread outlives every run
-            error = _presentable(caught, job)
+            error = failures.presentable(caught, job.id)
         job.end(error)
 
     # ---- when the thread itself is gone
@@ -273,11 +262,11 @@ class ModelWorker:
         if not self._thread.is_alive() and not self._closed:
             logger.error("The model thread was gone; starting a new one")
             if self._current is not None:
-                self._current.end(_thread_died())
+                self._current.end(failures.thread_died())
                 self._current = None
             self._thread = self._started_thread()
 
-    def _attend(self, job: _Job | _Switch) -> None:
+    def _attend(self, job: Job | Switch) -> None:
         """Called by whoever waits for `job`: a job that nobody works on any more must not be waited for."""
         with self._lock:
             if self._thread.is_alive() or job.ended:
@@ -285,7 +274,7 @@ class ModelWorker:
             if job in self._waiting:
                 self._revive()
             else:
-                job.end(_thread_died())
+                job.end(failures.thread_died())
 
 
 class Run:
@@ -295,7 +284,7 @@ class Run:
     Dropping the last reference to a run closes it.
     """
 
-    def __init__(self, worker: ModelWorker, job: _Job) -> None:
+    def __init__(self, worker: ModelWorker, job: Job) -> None:
         self._worker = worker
         self._job = job
         # The job, not the run, is what the model thread holds; so a forgotten run is noticed here.
@@ -349,112 +338,6 @@ class Run:
         self.close()
 
 
-class _Job:
-    """What the model thread and a run's consumer share."""
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, request: GenerationRequest, max_seconds: float | None) -> None:
-        self.id = f"run-{next(self._numbers)}"
-        self.request = request
-        self.control: RunControl | None = None
-        self.stop_asked = False
-        self.ended = False
-        self._max_seconds = max_seconds
-        self._deadline: float | None = None
-        self._closed = False
-        self._error: BaseException | None = None
-        self._blocks: deque[FrameBlock] = deque()
-        self._changed = threading.Condition()
-
-    def stop(self) -> None:
-        with self._changed:
-            self.stop_asked = True
-            if self.control is not None:
-                self.control.cancel()
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        self.stop()
-        with self._changed:
-            self._closed = True
-            self._blocks.clear()
-            self._changed.notify_all()
-
-    def started(self) -> AbstractContextManager[RunControl]:
-        """Begin the run: from here its deadline counts. Returns the context in which the model sees the control."""
-        with self._changed:
-            self.control = RunControl(self._max_seconds)
-            if self._max_seconds is not None:
-                self._deadline = time.monotonic() + self._max_seconds
-            if self.stop_asked:
-                self.control.cancel()
-            self.control.check()
-        return self.control.active()
-
-    def hand_over(self, block: FrameBlock) -> None:
-        """Model side: queue a block, waiting while the consumer is behind, but never for one that has gone."""
-        with self._changed:
-            while len(self._blocks) >= QUEUE_BLOCKS and not self.stop_asked:
-                wait = None if self._deadline is None else self._deadline - time.monotonic()
-                if wait is not None and wait <= 0:
-                    break
-                self._changed.wait(wait)
-            if not self._closed:
-                self._blocks.append(block)
-                self._changed.notify_all()
-
-    def take(self, attend: Callable[[_Job], None]) -> FrameBlock | None:
-        """Consumer side: the next block, or None at the end. Raises the run's error."""
-        with self._changed:
-            while not (self._blocks or self.ended or self._closed):
-                if not self._changed.wait(_POLL_SECONDS):
-                    self._changed.release()  # `attend` takes the worker's lock first
-                    try:
-                        attend(self)
-                    finally:
-                        self._changed.acquire()
-            if self._blocks:
-                block = self._blocks.popleft()
-                self._changed.notify_all()
-                return block
-            error, self._error = self._error, None  # whoever catches it may hold this run: it must not hold them
-            if error is not None and not self._closed:
-                raise error
-            return None
-
-    def end(self, error: BaseException | None = None) -> None:
-        with self._changed:
-            if not self.ended:
-                self.ended = True
-                self._error = error
-                self._changed.notify_all()
-
-
-class _Switch:
-    """An exchange of the model, as it stands among the runs."""
-
-    def __init__(self, source: Callable[[], StreamingPipeline]) -> None:
-        self.source = source
-        self.error: BaseException | None = None
-        self._ended = threading.Event()
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    def wait(self, seconds: float) -> bool:
-        return self._ended.wait(seconds)
-
-    def stop(self) -> None:
-        """Loading cannot be interrupted."""
-
-    def end(self, error: BaseException | None = None) -> None:
-        if not self.ended:
-            self.error = error
-            self._ended.set()
-
-
 def _closed(pipeline: StreamingPipeline | None, timeout: float = 0.0) -> bool:
     """Have a pipeline end what it does beside its runs. Returns whether nothing goes on after `timeout` seconds."""
     close = getattr(pipeline, "close", None)
@@ -463,90 +346,3 @@ def _closed(pipeline: StreamingPipeline | None, timeout: float = 0.0) -> bool:
 
 def _is_last(block: FrameBlock) -> bool:
     return 0 < block.run.num_blocks <= block.index + 1  # 0: nobody knows how many there will be
-
-
-def _load_failure(error: BaseException) -> SelfForcingError:
-    """What is said of an unexpected error while loading."""
-    _clear_traces(error)
-    failure: SelfForcingError
-    if _is_out_of_memory(error):
-        _try_to_free_memory()
-        failure = OutOfMemory("The device ran out of memory while the model was loaded. Close other programs.")
-    else:
-        failure = SelfForcingError(f"The model could not be loaded ({type(error).__name__}).")
-    failure.__cause__ = error
-    return failure
-
-
-def _both(failure: BaseException, lost: BaseException) -> BaseException:
-    """One error for two: the new model could not be loaded, nor the old one again."""
-    both = type(failure)(f"{failure} The model before it could not be loaded again, either: {lost}")
-    both.__cause__ = failure.__cause__
-    return both
-
-
-def _again(error: BaseException) -> BaseException:
-    """The same error to raise once more: one object would hold the frames of all who ever met it."""
-    copy = type(error)(*error.args)
-    copy.__cause__ = error.__cause__
-    return copy
-
-
-def _presentable(error: BaseException, job: _Job) -> SelfForcingError:
-    """What the visitor is told of an error in the model. The log gets all of it; memory gets back what it held."""
-    expected = isinstance(error, SelfForcingError)
-    if not isinstance(error, InvalidRequest | OptionUnavailable):  # those are the visitor's, and were told in full
-        # As text: a log that keeps its records must not keep the error, and with it the run.
-        logger.error("%s failed\n%s", job.id, "".join(traceback.format_exception(error)))
-    _clear_traces(error)
-    if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
-        _try_to_free_memory()
-        if isinstance(error, OutOfMemory):
-            return error
-        return OutOfMemory(
-            "The device ran out of memory. Switch FP8 or TAEHV on, or close other programs; the next run starts anew."
-        )
-    if expected:
-        return cast(SelfForcingError, error)
-    failure = SelfForcingError(f"The model failed unexpectedly ({type(error).__name__}, {job.id}).")
-    failure.__cause__ = error
-    return failure
-
-
-def _clear_traces(error: BaseException) -> None:
-    """Empty the frames of an error and of those behind it: their local variables are what was loaded or did not fit."""
-    link: BaseException | None = error
-    cleared: list[BaseException] = []
-    while link is not None and link not in cleared:
-        traceback.clear_frames(link.__traceback__)
-        cleared.append(link)
-        link = link.__cause__ or link.__context__
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    # CPUs, Apple GPUs and some libraries have no class of their own for it.
-    signs = ("t allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def free_memory() -> None:
-    """Give unused memory back to the device."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _try_to_free_memory() -> None:
-    """As `free_memory`, for when there is an error to be told already."""
-    try:
-        free_memory()
-    except Exception:  # a device that broke
-        logger.exception("Memory could not be given back to the device")
-
-
-def _thread_died() -> SelfForcingError:
-    return SelfForcingError("The model stopped working in the middle of this run. Try again: it has been restarted.")

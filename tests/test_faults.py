@@ -38,9 +38,10 @@ from pipeline.attention import attention
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.cache import KVCache
 from pipeline.errors import NonFiniteOutput, OptionUnavailable, OutOfMemory, SelfForcingError, VideoError, WeightsError
+from pipeline.jobs import QUEUE_BLOCKS
 from pipeline.mp4 import count_frames
 from pipeline.video import SegmentEncoder, join_segments
-from pipeline.worker import QUEUE_BLOCKS, ModelWorker, Run
+from pipeline.worker import ModelWorker, Run
 from tests.resources import resident_bytes
 from tests.scripted import SPEC, ScriptedPipeline
 from tests.small import write_model_folder
@@ -286,7 +287,7 @@ def test_a_failed_run_gives_its_memory_back_even_while_its_error_is_kept(pipe, w
 
 def test_the_other_decoder_makes_room_for_the_advised_one(folder: Path, caplog) -> None:
     """After an OutOfMemory with Wan's decoder, a run with TAEHV must not share the device with what the first left."""
-    caplog.set_level(logging.CRITICAL, "pipeline.worker")  # pytest would keep the trace and all that belongs to it
+    caplog.set_level(logging.CRITICAL, "pipeline.failures")  # pytest would keep the trace and all that belongs to it
     with ModelWorker(SelfForcingPipeline.from_pretrained(folder, device="cpu")) as worker:
         made(worker, BRIEF)
         lean = tensor_bytes()

@@ -23,7 +23,8 @@ from pipeline.errors import (
     SelfForcingError,
     WeightsError,
 )
-from pipeline.worker import QUEUE_BLOCKS, ModelWorker
+from pipeline.jobs import QUEUE_BLOCKS
+from pipeline.worker import ModelWorker
 from tests.scripted import SPEC, ScriptedPipeline, read_code
 from tests.waiting import wait_until
 
@@ -324,7 +325,7 @@ def test_an_error_on_giving_up_the_old_model_is_no_success(monkeypatch, error: B
     with ModelWorker(lambda: ScriptedPipeline(spec=TINY)) as worker:
         worker.wait_ready(10)
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.worker.free_memory", fault)
+            patch.setattr("pipeline.failures.free_memory", fault)
             with pytest.raises(SelfForcingError, match="could not be loaded"):
                 worker.switch(lambda: ScriptedPipeline(spec=TINY))
             with pytest.raises(SelfForcingError, match="could not be loaded"):
@@ -340,7 +341,7 @@ def test_a_device_that_broke_cannot_hide_why_the_model_did_not_load(monkeypatch)
     def load() -> ScriptedPipeline:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.worker.free_memory", fault)
+    monkeypatch.setattr("pipeline.failures.free_memory", fault)
     with ModelWorker(load) as worker, pytest.raises(OutOfMemory, match="out of memory while the model was loaded"):
         worker.wait_ready(5)
 
