@@ -270,10 +270,10 @@ def test_the_tab_key_goes_through_the_page_in_order(open_page) -> None:
     page.wait_for_timeout(1000)  # until nothing moves any more
     page.get_by_label("Prompt").focus()
     visited = []
-    for _ in range(5):
+    for _ in range(6):
         page.keyboard.press("Tab")
         visited.append(page.evaluate("document.activeElement.closest('[id]').id + document.activeElement.innerText"))
-    expected = ("Generate", "Loop", "Advanced", "Compare", "balloon")
+    expected = ("Generate", "Loop", "Start from", "Advanced", "Compare", "balloon")
     assert all(name in place for name, place in zip(expected, visited, strict=True)), visited
     unlabelled = page.evaluate(
         """[...document.querySelectorAll("input:not([type=file]):not([type=hidden]), textarea, button")].filter(
