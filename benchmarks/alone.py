@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from statistics import mean, median, quantiles
@@ -18,15 +19,22 @@ PROMPTS = ("a blue car drives along a snowy road at night", "a white bird flies 
 """For measuring first frames: one that was not asked for before, and again the same."""
 
 
-def speed(session: Session) -> dict[str, Any]:
-    """Frames per second with each decoder, in whole videos, clean pass and decoding included."""
+def speed(session: Session, until: float = math.inf) -> dict[str, Any]:
+    """Frames per second with each decoder, in whole videos, clean pass and decoding included.
+
+    Args:
+        until: no video but the first of each decoder is begun after this time of `time.perf_counter`.
+    """
     rate = session.rate(session.threads)
     pipeline, scale = session.pipeline(), session.scale
     rows = {}
     with thread_count(session.threads):
         for decoder in ("vae", "taehv")[: 1 + session.has_taehv]:
             request = session.request(scale.clip_blocks, taehv=decoder == "taehv")
-            clips = [_block_seconds(pipeline, request) for _ in range(scale.clips + 1)][1:]
+            _block_seconds(pipeline, request)
+            clips = [_block_seconds(pipeline, request)]
+            while len(clips) < scale.clips and time.perf_counter() <= until:
+                clips.append(_block_seconds(pipeline, request))
             limit = [session.work.block(block, decoder) / rate for block in range(scale.clip_blocks)]
             rows[decoder] = clip_figures(session, clips, limit)
     return {
@@ -34,7 +42,7 @@ def speed(session: Session) -> dict[str, Any]:
         "dtype": str(session.default_dtype).removeprefix("torch."),
         "product_gflops": rate / 1e9,
         "blocks": scale.clip_blocks,
-        "clips": scale.clips,
+        "clips": min(len(row["fps_of_each"]) for row in rows.values()),
         "rows": rows,
     }
 
@@ -80,13 +88,18 @@ def first_frame(session: Session) -> dict[str, Any]:
     return {"threads": session.threads, **{name: median(seconds) for name, seconds in found.items()}}
 
 
-def rollout(session: Session) -> dict[str, Any]:
-    """A long video: does it get slower?"""
+def rollout(session: Session, until: float = math.inf) -> dict[str, Any]:
+    """A long video: does it get slower?
+
+    Args:
+        until: the video ends with the block that is made at this time of `time.perf_counter`.
+    """
     spec = session.spec
-    blocks = spec.blocks_for(session.scale.rollout_seconds, spec.native_fps)
-    request = session.request(blocks, taehv=session.has_taehv)
+    asked = spec.blocks_for(session.scale.rollout_seconds, spec.native_fps)
+    request = session.request(asked, taehv=session.has_taehv)
     with thread_count(session.threads):
-        seconds = _block_seconds(session.pipeline(), request)
+        seconds = _block_seconds(session.pipeline(), request, until)
+    blocks = len(seconds)
     later = spec.temporal_stride * spec.frames_per_block
     full = -(-spec.window_frames // spec.frames_per_block)  # the first blocks see fewer frames and are faster
     part = max(1, (blocks - full) // 5)
@@ -94,6 +107,7 @@ def rollout(session: Session) -> dict[str, Any]:
     return {
         "seconds": spec.frames_in(blocks) / spec.native_fps,
         "blocks": blocks,
+        "cut_short": blocks < asked,
         "decoder": "taehv" if session.has_taehv else "vae",
         "fps": spec.frames_in(blocks) / sum(seconds),
         "fps_with_window_full": later / median(start),
@@ -132,9 +146,13 @@ def encoding(session: Session) -> dict[str, Any]:
     return {"cpu_milliseconds_a_frame": mean(cpu), "wall_milliseconds_a_frame": mean(wall)}
 
 
-def _block_seconds(pipeline: SelfForcingPipeline, request: GenerationRequest) -> list[float]:
-    """Seconds on the wall for each block, from the request on to frames in main memory."""
-    ends = [0.0, *(block.elapsed for block in pipeline.stream(request))]
+def _block_seconds(pipeline: SelfForcingPipeline, request: GenerationRequest, until: float = math.inf) -> list[float]:
+    """Seconds on the wall for each block, from the request on to frames in main memory; one block at least."""
+    ends = [0.0]
+    for block in pipeline.stream(request):
+        ends.append(block.elapsed)
+        if time.perf_counter() > until:
+            break
     return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -36,6 +38,8 @@ PARTS = {
     "compile": "compiling, the first time and again",
     "encoding": "processor time of encoding",
 }
+SHARES = {"reference": 0.3, "switches": 0.25, "speed": 0.08, "rollout": 0.08}
+"""Of the time, for the parts that are shortened to fit it. The rest is for all others, which take what they take."""
 SPEEDUPS = ("block_fp32", "block_bf16", "stream")
 """What is always told, be it null."""
 
@@ -81,6 +85,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_parts, metavar="PART,PART", help="measure these parts only")
     parser.add_argument("--quick", action="store_true", help="short: shows that all works, not to be published")
     parser.add_argument(
+        "--minutes",
+        type=minutes,
+        default=10.0,
+        help="a slow machine makes fewer videos, so that all parts take about that long (default: 10)",
+    )
+    parser.add_argument(
         "--threads",
         type=_threads,
         help="processors for what is measured alone (default: all); ratios on a CPU are of one thread",
@@ -100,6 +110,17 @@ def _parts(text: str) -> list[str]:
     if unknown := [name for name in names if name not in PARTS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part; the parts are {', '.join(PARTS)}")
     return names
+
+
+def minutes(text: str) -> float:
+    """A number of minutes on a command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0, up to 600")
+    return value
 
 
 def _threads(text: str) -> int:
@@ -130,11 +151,22 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
         scale=QUICK if options.quick else Scale(),
         threads=options.threads or usable_processors(),
     )
-    return measure(session, options.only or list(PARTS), quick=options.quick)
+    return measure(session, options.only or list(PARTS), quick=options.quick, seconds=60 * options.minutes)
 
 
-def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Callable[[str], None] = say) -> dict:
-    """Measure the named parts. Returns the result as it is written and printed."""
+def measure(
+    session: Any,
+    names: Sequence[str],
+    *,
+    quick: bool = False,
+    seconds: float = math.inf,
+    note: Callable[[str], None] = say,
+) -> dict:
+    """Measure the named parts. Returns the result as it is written and printed.
+
+    Args:
+        seconds: what all parts together should take: those of `SHARES` make fewer videos, but one at least.
+    """
     import torch
 
     from benchmarks import alone, fresh, machine, side_by_side
@@ -142,21 +174,21 @@ def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Ca
 
     agreement = None
 
-    def reference() -> dict[str, Any]:
+    def reference(until: float) -> dict[str, Any]:
         nonlocal agreement
         agreement = side_by_side.check_agreement(session)
-        return side_by_side.against_reference(session, agreement)
+        return side_by_side.against_reference(session, agreement, until)
 
-    work: Mapping[str, Callable[[], dict[str, Any]]] = {
+    work: Mapping[str, Callable[[float], dict[str, Any]]] = {
         "reference": reference,
-        "switches": lambda: side_by_side.switches(session),
-        "speed": lambda: alone.speed(session),
-        "first_frame": lambda: alone.first_frame(session),
-        "cold": lambda: fresh.cold(session),
-        "rollout": lambda: alone.rollout(session),
-        "length": lambda: alone.length(session),
-        "compile": lambda: fresh.compiling(session),
-        "encoding": lambda: alone.encoding(session),
+        "switches": lambda until: side_by_side.switches(session, until),
+        "speed": lambda until: alone.speed(session, until),
+        "first_frame": lambda _: alone.first_frame(session),
+        "cold": lambda _: fresh.cold(session),
+        "rollout": lambda until: alone.rollout(session, until),
+        "length": lambda _: alone.length(session),
+        "compile": lambda _: fresh.compiling(session),
+        "encoding": lambda _: alone.encoding(session),
     }
     before, parts = machine.load(), {}
     missing = {name: "It was not asked for." for name in PARTS if name not in names}
@@ -165,7 +197,9 @@ def measure(session: Any, names: Sequence[str], *, quick: bool = False, note: Ca
             continue
         note(f"Measuring {PARTS[name]}")
         try:
-            parts[name] = measured()
+            parts[name] = measured(time.perf_counter() + SHARES.get(name, 1.0) * seconds)
+        except fresh.ProcessFailed as error:
+            missing[name] = str(error)
         except torch.OutOfMemoryError:
             missing[name] = "The memory of the GPU does not suffice for it."
     compared = parts.get("reference")

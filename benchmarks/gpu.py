@@ -1,14 +1,15 @@
 """`python -m benchmarks.gpu`: all that a GPU is needed for, with random weights in the real shapes, in one call.
 
-Takes less than eight minutes, goes from the most important to the least, leaves out what there is no time for, and
-prints a table last. `--small` does the same on any machine, in a size that says nothing about speed.
+Goes from the most important to the least, leaves out what there is no time for, and prints a table last. Nothing is
+begun after `--minutes`; what still runs half a minute later is stopped at its next denoising step and told as not
+measured. Only what has no steps (making weights, a compilation that has begun) can take longer. `--small` does the same
+on any machine, in a size that says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from benchmarks import alone, machine, side_by_side
+from benchmarks.cli import minutes
 from benchmarks.interleave import Variant
 from benchmarks.random_model import RandomModel, published, small
 from benchmarks.results import SCHEMA, aligned, number, plain
@@ -37,7 +39,8 @@ from pipeline.cli import (
     quiet_libraries,
     say,
 )
-from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.control import RunControl
+from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 
 SCALE = Scale(rounds=3, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
 AGREEMENT_BLOCKS = 2
@@ -46,6 +49,8 @@ FORCED = ("flash", "cudnn")
 """Attention backends that are also measured by force."""
 LEAST_SECONDS = 20.0
 """What must be left for a part to be begun."""
+GRACE_SECONDS = 30.0
+"""How long after the time is over a part may still finish."""
 ROLLOUT_WINDOW = 12
 """Latent frames of the long video's window, a sink of one block included: what the memory plans shrink it to."""
 Part = Callable[[Session, float], dict[str, Any]]
@@ -62,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device_name is None and not torch.cuda.is_available() and not options.small:
             raise OptionUnavailable("There is no GPU here. --small tries the same on the CPU, without saying much.")
         result = run(torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu")), options)
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
         return EXIT_BAD_INPUT
@@ -82,23 +85,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="self-forcing-dmd", help="entry of the manifest whose shapes are taken")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for trying it out anywhere")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one, else cpu)")
-    parser.add_argument("--minutes", type=_minutes, default=7.0, help="nothing is begun after that (default: 7)")
+    parser.add_argument("--minutes", type=minutes, default=7.0, help="nothing is begun after that (default: 7)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result is written")
     return parser.parse_args(argv)
 
 
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
-    return value
-
-
 def run(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """All parts, as far as the time allows."""
+    """All parts, as far as the time allows; `options.out` is written anew after each one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     began = time.perf_counter()
     builders, spec = (small if options.small else published)(options.model)
     session = Session(
@@ -111,35 +108,46 @@ def run(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
         threads=os.cpu_count() or 1,
     )
     parts: dict[str, Any] = {}
-    missing: dict[str, str] = {}
+    missing = dict.fromkeys(PARTS, "It was not reached.")
     before = machine.gpu_state()
+
+    def result() -> dict[str, Any]:
+        return plain(
+            {
+                "schema": SCHEMA,
+                "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                "quick": options.small,
+                "random_weights": True,
+                "model": {"name": spec.name, "height": spec.height, "width": spec.width},
+                "machine": machine.describe(device, session.threads),
+                "gpu_state": [before, machine.gpu_state()],
+                "scale": asdict(session.scale),
+                "seconds": time.perf_counter() - began,
+                "parts": parts,
+                "not_measured": missing,
+            }
+        )
+
     for name, part in PARTS.items():
         left = 60 * options.minutes - (time.perf_counter() - began)
-        if left < LEAST_SECONDS and not options.small:
-            missing[name] = "There was no time left."
-            continue
         say(f"{time.perf_counter() - began:.0f} s: {name}")
         try:
-            parts[name] = part(session, time.perf_counter() + 0.6 * left)
-        except (RuntimeError, SelfForcingError) as error:  # an option that this GPU or torch lacks; the others go on
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if left < LEAST_SECONDS and not options.small:
+                raise DeadlineExceeded
+            with RunControl(max(0.0, left) + GRACE_SECONDS).active():
+                parts[name] = part(session, time.perf_counter() + 0.6 * left)
+            del missing[name]
+        except DeadlineExceeded:
+            missing[name] = "There was no time left."
+        except Exception as error:  # such as an option that this GPU or torch lacks; the others go on
+            said = str(error).strip().partition("\n")[0][:200]
+            missing[name] = f"{type(error).__name__}: {said}" if said else type(error).__name__
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return plain(
-        {
-            "schema": SCHEMA,
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "quick": options.small,
-            "random_weights": True,
-            "model": {"name": spec.name, "height": spec.height, "width": spec.width},
-            "machine": machine.describe(device, session.threads),
-            "gpu_state": [before, machine.gpu_state()],
-            "scale": asdict(session.scale),
-            "seconds": time.perf_counter() - began,
-            "parts": parts,
-            "not_measured": missing,
-        }
-    )
+        if options.out is not None:
+            text = json.dumps(result(), indent=1, allow_nan=False)
+            options.out.write_text(text + "\n", encoding="utf-8")
+    return result()
 
 
 def agreement(session: Session, until: float) -> dict[str, Any]:
@@ -189,26 +197,29 @@ def switches(session: Session, until: float) -> dict[str, Any]:
 
 
 def rollout(session: Session, until: float) -> dict[str, Any]:
-    """A minute with a window: does it stay as fast as it begins? And the memory of it."""
+    """A minute with a window: does it stay as fast as it begins? And what memory it takes besides what is loaded."""
     spec = session.spec
     window = max(ROLLOUT_WINDOW // spec.frames_per_block, 3) * spec.frames_per_block
     narrow = replace(spec, window_frames=window, sink_frames=spec.frames_per_block)
-    if session.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(session.device)
     pipeline = WatchedPipeline.beside(session.pipeline(), window=(window, spec.frames_per_block))
+    gpu, resident = session.device.type == "cuda", 0
+    if gpu:
+        session.release_caches()
+        resident = torch.cuda.memory_allocated(session.device)
+        torch.cuda.reset_peak_memory_stats(session.device)
     there = replace(session, load=lambda device, dtype: pipeline, spec=narrow, _loaded={}, _references={})
-    found = alone.rollout(there)
-    gpu = session.device.type == "cuda"
+    found = alone.rollout(there, until)
+    peak = torch.cuda.max_memory_allocated(session.device) if gpu else 0
     return found | {
         "window_frames": window,
-        "peak_gpu_memory": torch.cuda.max_memory_allocated(session.device) if gpu else None,
-        "peak_gpu_reserved": torch.cuda.max_memory_reserved(session.device) if gpu else None,
+        "gpu_memory_of_weights": resident if gpu else None,
+        "peak_gpu_memory_besides": peak - resident if gpu else None,
     }
 
 
 PARTS: dict[str, Part] = {
     "agreement": agreement,
-    "speed": lambda session, until: alone.speed(session),
+    "speed": lambda session, until: alone.speed(session, until),
     "first_frame": lambda session, until: alone.first_frame(session),
     "reference": references,
     "switches": switches,
@@ -257,8 +268,9 @@ def as_text(result: dict[str, Any]) -> str:
     if long:
         title = f"{long['seconds']:.0f} s, window {long['window_frames']}"
         rows.append([title, number(long["fps"], 1, " FPS"), f"end of start {long['end_of_start']:.2f}", "", ""])
-        if long["peak_gpu_memory"]:
-            rows.append(["peak GPU memory", number(long["peak_gpu_memory"] / 2**30, 1, " GB"), "", "", ""])
+        if long["gpu_memory_of_weights"] is not None:
+            for name, key in (("weights", "gpu_memory_of_weights"), ("besides, peak", "peak_gpu_memory_besides")):
+                rows.append([f"GPU memory, {name}", number(long[key] / 2**30, 1, " GB"), "", "", ""])
     if encoded := parts.get("encoding"):
         rows.append(["encoding a frame", number(encoded["cpu_milliseconds_a_frame"], 2, " ms CPU"), "", "", ""])
     agreed = parts.get("agreement")

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from benchmarks.session import default_dtype
 from benchmarks.watch import WatchedPipeline
 from pipeline.attention_backends import AttentionShapes, choose_attention
 from pipeline.checkpoint import wan_transformer
@@ -58,6 +59,9 @@ def small(model_id: str) -> tuple[Builders, ModelSpec]:
 class RandomModel:
     """Makes pipelines of one model; they share the text encoder, which is large.
 
+    It is in the device's default dtype whatever theirs is: in float32 it would take 23 GB, and each pipeline converts
+    what it makes of a prompt.
+
     Args:
         builders, spec: of `published` or `small`.
     """
@@ -70,12 +74,12 @@ class RandomModel:
         """A pipeline with random weights, made where they are needed."""
         torch.manual_seed(0)
 
-        def make(name: str) -> nn.Module:
+        def make(name: str, dtype: torch.dtype = dtype) -> nn.Module:
             with _made_in(device, dtype):
                 return self._builders[name]().to(device, dtype).eval().requires_grad_(False)
 
         if self._text_model is None:
-            self._text_model = make("text_encoder")
+            self._text_model = make("text_encoder", default_dtype(device))
         vae = make("vae")
         speed_up(vae)
         transformer = TransformerOptions(lambda: make("transformer"))

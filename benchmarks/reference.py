@@ -38,6 +38,11 @@ from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_no
 from pipeline.text import TextEncoder
 
 
+def encoder_beside(text: TextEncoder) -> TextEncoder:
+    """The same model, working where it works there, with a memory of its own."""
+    return TextEncoder(text.model, text.tokenizer, text.text_len, visits=text._visits)
+
+
 class ReferenceOptions:
     """Stands for `TransformerOptions`; the reference has no switches, and nothing of it is compiled."""
 
@@ -72,11 +77,10 @@ class ReferencePipeline(SelfForcingPipeline):
         transformer = ReferenceTransformer(pipeline._transformer.apply(fp8=False, compile=False))
         decoders = pipeline._decoders
         taehv = decoders[True].weights if True in decoders else None
-        text = TextEncoder(pipeline.text.model, pipeline.text.tokenizer, pipeline.text.text_len)
         reference = cls(
             pipeline.spec,
             ReferenceOptions(transformer),
-            text,
+            encoder_beside(pipeline.text),
             original_layers(decoders[False].weights),
             taehv,
             attention=attention or pipeline.attention,

@@ -2,8 +2,9 @@
 
 What costs them time is here on purpose, and nothing that would cost them more: the text MLP and the time MLPs run in
 every pass, rotary positions are complex numbers in float64 that are put together for every call, the places in the
-cache are tensors that are read back from the device in every layer, and a full window is moved by copying it. Where
-the weights are is not repeated: a `ReferenceTransformer` uses those of the pipeline's own transformer.
+cache are tensors that are read back from the device in every layer (as often as theirs: twice a pass; with a full
+window three times, or six), and a full window is moved by copying it. Where the weights are is not repeated: a
+`ReferenceTransformer` uses those of the pipeline's own transformer.
 
 The authors attend with FlashAttention, whose lengths they send to the device in every call. Here it is torch's fused
 attention in the model's dtype, without those copies. Their 21 frames and 1560 tokens a frame come from the config.
@@ -158,7 +159,10 @@ class ReferenceTransformer:
         tokens, window = cache.frame_tokens, cache.window
         sink, size, added = window.sink_frames * tokens, window.total_frames * tokens, key.shape[1]
         end = cache.start_frame * tokens + added
-        if end > layer.global_end.item() and added + layer.local_end.item() > size:
+        # What is known without asking the device: theirs does not ask either while the window has room, for their
+        # attention is global then. Past it they need local attention, which asks in every pass.
+        full = end > size
+        if full and end > layer.global_end.item() and added + layer.local_end.item() > size:
             evicted = added + layer.local_end.item() - size
             kept = layer.local_end.item() - evicted - sink
             for buffer in (layer.key, layer.value):

@@ -41,6 +41,12 @@ class Scale:
 QUICK = Scale(rounds=5, blocks=3, clips=1, clip_blocks=3, rollout_seconds=5.0, length_blocks=4)
 """Enough to see that everything works; not meant to be published."""
 
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a model works in on this device, if nobody says otherwise."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 LoadPipeline = Callable[[torch.device, torch.dtype], WatchedPipeline]
 
 
@@ -69,7 +75,7 @@ class Session:
 
     @property
     def default_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        return default_dtype(self.device)
 
     @property
     def ratio_threads(self) -> int:
@@ -100,6 +106,13 @@ class Session:
         """Let go of what is loaded in a dtype: a GPU may not hold two of them for long."""
         self._loaded.pop(dtype, None)
         self._references.pop(dtype, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def release_caches(self) -> None:
+        """Let go of what earlier runs of the loaded pipelines left behind; the weights stay."""
+        for pipeline in (*self._loaded.values(), *self._references.values()):
+            pipeline.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -87,11 +87,14 @@ class RatioTable:
         return [[seconds(reading) for reading in times[1:-1]] for times in timing.transformer]
 
 
-def against_reference(session: Session, agreement: Agreement) -> dict[str, Any]:
+def against_reference(session: Session, agreement: Agreement, until: float = math.inf) -> dict[str, Any]:
     """The ratios of `SPEEDUPS`, and what they rest on.
 
     All have the same baseline, the reference mode in the dtype that is the device's default; only `block_fp32` has
     float32 on both sides. `stream` decodes with TAEHV, if the model has it, and encodes each block.
+
+    Args:
+        until: see `interleave`.
     """
     fp32, bf16, base = torch.float32, torch.bfloat16, session.default_dtype
     with_bf16 = not machine.emulates_bfloat16(session.device)
@@ -108,7 +111,8 @@ def against_reference(session: Session, agreement: Agreement) -> dict[str, Any]:
     if with_bf16:
         compared |= variants(bf16, BF16, True)
     with thread_count(session.ratio_threads):
-        timings = interleave(compared, _requests(session), session.scale.rounds, session.clock, seed=SEED)
+        requests, rounds = _requests(session), session.scale.rounds
+        timings = interleave(compared, requests, rounds, session.clock, seed=SEED, until=until)
     table = RatioTable(session, timings)
     default, copies = ("", (OURS, AGAIN)) if base == fp32 else (BF16, (OURS + BF16, AGAIN + BF16))
     rows = {
@@ -139,8 +143,12 @@ def against_reference(session: Session, agreement: Agreement) -> dict[str, Any]:
     }
 
 
-def switches(session: Session) -> dict[str, Any]:
-    """Each switch alone against the default: how many times as fast, and what it changes in the picture."""
+def switches(session: Session, until: float = math.inf) -> dict[str, Any]:
+    """Each switch alone against the default: how many times as fast, and what it changes in the picture.
+
+    Args:
+        until: see `interleave`.
+    """
     ours = session.pipeline()
     unavailable = ours.unavailable_options()
     variants = {"separate clean pass": Variant(WatchedPipeline.beside(ours, merge_clean_pass=False))}
@@ -156,7 +164,7 @@ def switches(session: Session) -> dict[str, Any]:
         missing["bfloat16"] = EMULATED
     else:
         variants[str(other).removeprefix("torch.")] = Variant(session.pipeline(other))
-    rows = against_default(session, variants)
+    rows = against_default(session, variants, until)
     return {"default": str(session.default_dtype).removeprefix("torch."), "rows": rows, "missing": missing}
 
 

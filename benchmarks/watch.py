@@ -15,12 +15,11 @@ from typing import Any, Self
 
 import torch
 
-from benchmarks.reference import ReferencePipeline
+from benchmarks.reference import ReferencePipeline, encoder_beside
 from benchmarks.reference_decoder import twin
 from pipeline.attention_backends import AttentionChoice
 from pipeline.generator import SelfForcingPipeline
 from pipeline.options import TransformerOptions
-from pipeline.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,14 @@ class Watched:
             decoder.reset()
         return decoder.decode(latents)
 
+    def release(self) -> None:
+        """Let go of the cache and of what the decoders remember; the next run begins with new ones."""
+        self._cache = None
+        for decoder in self._decoders.values():
+            decoder.reset()
+        if hasattr(self, "latents"):
+            del self.latents
+
     @property
     def has_taehv(self) -> bool:
         return True in self._decoders
@@ -110,7 +117,7 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
         return cls(
             replace(pipeline.spec, **changed),
             TransformerOptions(lambda: copy.deepcopy(model) if own_weights else twin(model)),
-            TextEncoder(pipeline.text.model, pipeline.text.tokenizer, pipeline.text.text_len),
+            encoder_beside(pipeline.text),
             decoders[False].weights,
             decoders[True].weights if True in decoders else None,
             merge_clean_pass=merge_clean_pass,

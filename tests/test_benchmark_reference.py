@@ -79,21 +79,30 @@ def test_it_costs_what_the_authors_code_costs(tmp_path: Path, monkeypatch: pytes
     # The reference calls the pipeline's own layers, so the same hook sees both.
     model.condition_embedder.text_embedder.register_forward_hook(lambda *_: texts.append(1))
 
-    def passes(pipeline: Any) -> list[int]:
+    read_by_block: list[int] = []
+
+    def passes(pipeline: Any, blocks: int = blocks) -> list[int]:
         stream, found = pipeline.stream(request(ours, blocks)), []
-        reads.clear()
+        read_by_block.clear()
         for _ in range(blocks):
             texts.clear()
+            reads.clear()
             next(stream)
             found.append(len(texts))
+            read_by_block.append(len(reads))
         return found
 
     text_mlp = passes(reference)
     # A clean pass before the block is handed on, and none behind the last one.
     assert text_mlp == [steps + 1, steps + 1, steps]
-    assert len(reads) >= 2 * layers * sum(text_mlp)
+    # Theirs asks for two numbers a layer and pass with global attention, which is what a whole window amounts to.
+    assert ours.spec.window_frames == blocks * ours.spec.frames_per_block
+    assert read_by_block == [2 * layers * count for count in text_mlp]
+    # Behind it theirs is local: six numbers in a block's first pass, which moves the window, three in each later one.
+    passes(reference, 5)
+    assert read_by_block[3:] == [layers * (6 + 3 * steps), layers * (6 + 3 * (steps - 1))]
     assert passes(ours) == [1, 0, 0]
-    assert not reads
+    assert read_by_block == [0, 0, 0]
 
 
 def test_it_refuses_what_it_does_not_have(tmp_path: Path) -> None:

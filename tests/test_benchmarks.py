@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agreement, cli, gpu, machine, report, results
+from benchmarks import agreement, alone, cli, fresh, gpu, machine, report, results
 from benchmarks.alone import clip_figures
 from benchmarks.interleave import Variant, interleave
+from benchmarks.random_model import RandomModel, small
 from benchmarks.ratios import BEST_DISAGREES, CONTROL_MEDIAN, CONTROL_SPREAD, FEWEST_PAIRS, Ratio, noise, paired_ratio
 from benchmarks.roofline import count_work
-from benchmarks.watch import Reading
+from benchmarks.session import QUICK, Session, default_dtype
+from benchmarks.watch import Reading, WatchedPipeline, WatchedReference
 from pipeline import GenerationRequest, options, video
+from pipeline import cli as cli_pipeline
 from pipeline.config import ModelSpec
+from pipeline.folder import ModelFolder
+from pipeline.memory import builders_of as builders_in
 from tests.small import write_model_folder
 from weights.blueprints import builders_of
 from weights.manifest import load_manifest
@@ -257,6 +264,51 @@ def test_a_process_of_its_own_tells_first_frame_and_memory(folder: Path) -> None
     assert found["peak_gpu_memory"] is None
 
 
+def talking(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Another program in place of the process that makes videos."""
+    monkeypatch.setattr(fresh, "_COMMAND", (sys.executable, "-c", program))
+
+
+def test_a_process_of_its_own_may_say_whatever_it_likes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talking(
+        monkeypatch,
+        "import sys; sys.stderr.write('x' * 2**20); print('Loading...'); print('[1]'); print('7');"
+        "[print('{\"event\": \"' + name + '\"}') for name in ('first', 'video')]",
+    )
+    events = fresh.measure(session_of(folder), {"blocks": 1}, timeout=60)
+    assert events.keys() == {"first", "video"} and 0 < events["first"]["at"] <= events["video"]["at"]
+    with pytest.raises(fresh.SelfForcingError, match="failed with code 0"):  # nothing was compiled
+        fresh.measure(session_of(folder), {"blocks": 1, "compile": True}, timeout=60)
+
+
+def test_a_process_of_its_own_that_fails_or_hangs_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talking(monkeypatch, "import sys; sys.exit('No such thing.')")
+    with pytest.raises(fresh.SelfForcingError, match=r"code 1: No such thing\."):
+        fresh.measure(session_of(folder), {"blocks": 1}, timeout=60)
+    talking(monkeypatch, "import time; time.sleep(600)")
+    with pytest.raises(fresh.SelfForcingError, match="not done after 0.5 s"):
+        fresh.measure(session_of(folder), {"blocks": 1}, timeout=0.5)
+
+
+def test_what_compiling_costs_begins_after_a_video_without_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    stream = WatchedPipeline.stream
+    monkeypatch.setattr(cli_pipeline, "load_pipeline", lambda *_: session_of(folder).pipeline())
+    monkeypatch.setattr(
+        WatchedPipeline,
+        "stream",
+        lambda self, request: done.append(f"video {request.compile}") or stream(self, request),
+    )
+    monkeypatch.setattr(
+        WatchedPipeline, "_compile_now", lambda self, request: done.append(f"compile {request.compile}")
+    )
+    events = [
+        event["event"] for event in fresh.events_of({"folder": folder, "device": "cpu", "blocks": 1, "compile": True})
+    ]
+    assert events == ["first", "video", "compiled"]
+    assert done == ["video False", "compile True"]
+
+
 @pytest.mark.parametrize("fault", ["load", "weights", "bfloat16"])
 def test_it_keeps_quiet_where_a_ratio_would_mislead(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "load":
@@ -430,6 +482,75 @@ def test_the_gpu_command_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu, "published", gpu.small)
     late = gpu.run(torch.device("cpu"), gpu.parse(["--minutes", "1"]))
     assert set(late["not_measured"].values()) == {"There was no time left."}
+
+
+def test_the_gpu_command_survives_any_error_and_leaves_behind_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, found = tmp_path / "result.json", []
+
+    def fails(session: Any, until: float) -> dict:
+        found.append(json.loads(written.read_text()))  # the part before is there already
+        raise KeyError("triton")
+
+    def late(session: Any, until: float) -> dict:
+        for _ in session.pipeline().stream(session.request(3)):
+            pass
+        return {"never": "reached"}
+
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", -1e6)
+    parts = {"encoding": lambda session, until: {"cpu_milliseconds_a_frame": 1.0}, "speed": fails, "rollout": late}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    result = gpu.run(torch.device("cpu"), gpu.parse(["--small", "--out", str(written)]))
+    assert found[0]["parts"].keys() == {"encoding"} and found[0]["not_measured"].keys() == {"speed", "rollout"}
+    assert result["not_measured"] == {"speed": "KeyError: 'triton'", "rollout": "There was no time left."}
+    assert json.loads(written.read_text())["not_measured"] == result["not_measured"]
+
+
+def test_random_models_share_one_text_encoder_in_the_devices_dtype() -> None:
+    model = RandomModel(*small("self-forcing-dmd"))
+    half, full = (model.load(torch.device("cpu"), dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert half.text.model is full.text.model
+    assert half.text.model.dtype == torch.float32 == default_dtype(torch.device("cpu"))
+    assert default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert (half._transformer.dtype, full._transformer.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_time_that_is_over_shortens_what_is_measured_alone(folder: Path) -> None:
+    session = session_of(folder)
+    speed = alone.speed(session, -math.inf)
+    assert speed["clips"] == 1 and all(len(row["fps_of_each"]) == 1 for row in speed["rows"].values())
+    long = alone.rollout(session, -math.inf)
+    assert long["blocks"] == 1 and long["cut_short"] and long["seconds"] < 1
+    assert not alone.rollout(session)["cut_short"]
+
+
+def test_caches_are_let_go_of_and_made_anew(folder: Path) -> None:
+    session = session_of(folder)
+    pipeline = session.pipeline()
+    before = pipeline.generate(session.request(2)).frames
+    assert pipeline._cache is not None
+    session.release_caches()
+    assert pipeline._cache is None and "latents" not in vars(pipeline)
+    assert np.array_equal(pipeline.generate(session.request(2)).frames, before)
+
+
+def test_a_text_encoder_that_visits_a_device_does_so_in_every_pipeline(folder: Path) -> None:
+    pipeline = session_of(folder).pipeline()
+    pipeline.text._visits = torch.device("cpu")
+    for kind in (WatchedPipeline, WatchedReference):
+        assert kind.beside(pipeline).text._visits == torch.device("cpu")
+
+
+def session_of(folder: Path) -> Session:
+    return Session(
+        load=lambda device, dtype: WatchedPipeline.from_pretrained(folder, device, dtype),
+        builders=builders_in(folder),
+        spec=ModelFolder(folder).spec,
+        device=torch.device("cpu"),
+        folder=str(folder),
+        scale=replace(QUICK, clips=3),
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "nan"], ["--minutes", "soon"], ["--model", "nothing", "--small"]])

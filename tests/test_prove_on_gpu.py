@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.device import DeviceFacts
+from pipeline.float8 import Float8Form
 from pipeline.folder import CLASSES, ModelFolder
 from pipeline.memory import builders_of
 from scripts import prove_on_gpu
-from scripts.prove_on_gpu import Proof, main, write_published
+from scripts.prove_on_gpu import Proof, main, write_published, wrongly_applied
 from tests.small import SMALL_SETTINGS, write_model_folder
 
 BRIEF = ("--small", "--device", "cpu", "--blocks", "1")
 
 
-def test_plans_and_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute, and `test_pipeline` does it."""
+    monkeypatch.setattr(prove_on_gpu.SelfForcingPipeline, "unavailable_options", lambda self: {"compile": "Not now."})
+
+
+def test_plans_and_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_compiler: None) -> None:
     report = tmp_path / "reports" / "proof.json"
     arguments = [*BRIEF, "--work", str(tmp_path / "work"), "--report", str(report), "--runs", "9"]
     assert main([*arguments, "--parts", "plans,growth"]) == 0
@@ -29,16 +38,18 @@ def test_plans_and_growth_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert len(found["rows"][-1]["facts"]["held_mb"]) == 9
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("6 rows, 0 failed") and lines[-2].startswith("ok   growth")
+    assert lines[-1].startswith("6 rows, 0 failed, 0 not here") and lines[-2].startswith("ok   growth")
 
 
-def test_attention_and_switches_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Compiling takes a minute, and `test_pipeline` does it.
-    monkeypatch.setattr(prove_on_gpu.SelfForcingPipeline, "unavailable_options", lambda self: {"compile": "Not now."})
+def test_attention_and_switches_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_compiler: None) -> None:
     report = tmp_path / "proof.json"
     arguments = [*BRIEF, "--work", str(tmp_path / "work"), "--report", str(report)]
     assert main([*arguments, "--parts", "attention,switches"]) == 0
-    rows = {row["case"]: row["facts"] for row in json.loads(report.read_text())["rows"]}
+    found = json.loads(report.read_text())["rows"]
+    rows = {row["case"]: row["facts"] for row in found}
+    absent = {row["case"] for row in found if row["passed"] is None}
+    assert {"cudnn", "compile", "fp8+compile"} <= absent and not absent & {"auto", "math", "fp8", "taehv", "none"}
+    assert f" 0 failed, {len(absent)} not here" in capsys.readouterr().out.splitlines()[-1]
     assert rows["math"]["attention"] == "plain arithmetic" and "not a CPU" in rows["cudnn"]["not_here"]
     assert rows["none"]["attention"] == "PyTorch's choice"  # the switches begin with what `auto` took
     assert rows["fp8"]["comes_back"] and rows["fp8"]["precision"].startswith("float8") and rows["fp8"]["psnr"] > 0
@@ -51,7 +62,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch, ca
 
     def cases(proof: Proof) -> None:
         proof.case("one", "breaks", broken)
-        proof.case("one", "disagrees", lambda: {"passed": False, "psnr": 3})
+        proof.case("one", "disagrees", lambda: {"faults": ["It is another."], "psnr": 3})
+        proof.case("one", "is elsewhere", lambda: {"not_here": "No such kernel."})
         proof.case("one", "works", lambda: {"psnr": 40})
 
     monkeypatch.setattr(prove_on_gpu, "PARTS", {"early": lambda proof: broken(), "one": cases})
@@ -59,21 +71,74 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch, ca
     arguments = [*BRIEF, "--work", str(tmp_path / "work"), "--report", str(report), "--parts", "early,one"]
     assert main(arguments) == 1
     rows = json.loads(report.read_text())["rows"]
-    assert [row["passed"] for row in rows] == [False, False, False, True]
+    assert [row["passed"] for row in rows] == [False, False, False, None, True]
     assert (
         rows[0]["error"].startswith("RuntimeError: no kernel") and rows[1]["error"] == "RuntimeError: no kernel image"
     )
-    assert "4 rows, 3 failed" in capsys.readouterr().out
+    assert rows[2]["error"] == "It is another." and rows[2]["facts"] == {"psnr": 3}
+    assert "5 rows, 3 failed, 1 not here" in capsys.readouterr().out
+    monkeypatch.setattr(
+        prove_on_gpu, "PARTS", {"one": lambda proof: proof.case("one", "is", lambda: {"not_here": "No."})}
+    )
+    assert main([*arguments[:-1], "one"]) == 1  # nothing failed, but nothing was proved
+    monkeypatch.setattr(prove_on_gpu, "PARTS", {"early": lambda proof: broken(), "one": cases})
     assert main([*arguments, "--minutes", "0"]) == 1
     assert "left out" in json.loads(report.read_text())["rows"][-1]["error"]
 
 
-def test_memory_that_grows_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_grows_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
     held = iter([0, 0, 0, 5, 0, 0, 5, 10**9, 0])  # the second kind of run holds more at its third
     monkeypatch.setattr(proof, "held", lambda: next(held))
     prove_on_gpu.prove_growth(proof)
     assert not proof.rows[0].passed and proof.rows[0].facts["largest_growth_bytes"] == 10**9
+
+
+def test_compiled_runs_are_among_those_whose_memory_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove_on_gpu.SelfForcingPipeline, "unavailable_options", lambda self: {})
+    proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
+    made: list[dict[str, object]] = []
+    monkeypatch.setattr(proof, "make", lambda pipe, blocks, **changes: made.append(changes))
+    prove_on_gpu.prove_growth(proof)
+    assert sum(bool(changes.get("compile")) for changes in made) == 3
+
+
+def test_a_switch_that_is_not_applied_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = DeviceFacts("cuda", (9, 0))
+    monkeypatch.setattr(prove_on_gpu.DeviceFacts, "of", lambda device: facts)
+    pipe = types.SimpleNamespace(device=torch.device("cuda"), _transformer=types.SimpleNamespace(dtype=torch.bfloat16))
+    row_wise = Float8Form(True).precision(torch.bfloat16)
+    good = {"precision": row_wise, "decoder": "Wan VAE", "compile": "on"}
+    assert wrongly_applied(pipe, ("fp8", "compile"), good) == []
+    (fault,) = wrongly_applied(pipe, ("fp8", "compile"), good | {"compile": "the decoder only, because of FP8"})
+    assert fault == "compile is 'the decoder only, because of FP8', not 'on'"
+    assert len(wrongly_applied(pipe, ("fp8",), good | {"precision": "bfloat16"})) == 2
+    facts = DeviceFacts("cuda", (8, 0))
+    assert len(wrongly_applied(pipe, ("fp8", "compile"), good)) == 2
+
+
+def test_an_attention_that_makes_another_video_or_is_not_called_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
+    choose = prove_on_gpu.choose_attention
+
+    def wrong(name: str, *arguments: object) -> object:
+        choice = choose(name, *arguments)
+        if name == "math":
+            return replace(choice, kernel=lambda query, key, value: torch.zeros_like(query))
+        return choice
+
+    monkeypatch.setattr(prove_on_gpu, "choose_attention", wrong)
+    prove_on_gpu.prove_attention(proof)
+    rows = {row.case: row for row in proof.rows}
+    assert rows["math"].passed is False and "dB" in rows["math"].error
+    assert rows["sdpa"].passed and rows["sdpa"].facts["psnr"] is None
+    proof.rows.clear()
+    # A kernel that is chosen and does not arrive in the model.
+    monkeypatch.setattr(type(proof.pipe()._transformer), "use_attention", lambda self, kernel: None)
+    prove_on_gpu.prove_attention(proof)
+    assert {row.case: row.error for row in proof.rows}["flash"] == "its kernel was never called"
 
 
 def test_a_folder_of_random_weights_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +161,7 @@ def test_a_folder_of_random_weights_loads(tmp_path: Path, monkeypatch: pytest.Mo
     ("arguments", "said"),
     [
         (["--parts", "plans,speed", "--device", "cpu"], "no part 'speed'"),
-        (["--runs", "5", "--device", "cpu"], "at least 6"),
+        (["--runs", "8", "--device", "cpu"], "at least 9"),
         (["--small"], "no GPU here"),
     ],
 )
