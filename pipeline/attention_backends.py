@@ -168,7 +168,11 @@ def fastest(
     backends: dict[str, Backend],
     milliseconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> AttentionChoice:
-    """The fastest exact backend that gives the right numbers; `milliseconds` times a call on the device."""
+    """The fastest exact backend that gives the right numbers; `milliseconds` times a call on the device.
+
+    Raises:
+        OptionUnavailable: none does; says why of each.
+    """
     milliseconds = milliseconds or _milliseconds
     kernels: dict[str, Kernel | None] = {}
     unusable: dict[str, str] = {}
@@ -180,16 +184,19 @@ def fastest(
                 kernels[name] = _checked(backend, shapes, device, dtype, facts)
         except _Unusable as why:
             unusable[name] = str(why)
+    if not kernels:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
+        raise OptionUnavailable(f"No attention gives the right numbers on {facts}. {reasons}.")
     times = dict.fromkeys(kernels, 0.0)
     for tensors in list(shapes.tensors(device, dtype))[1:]:  # the first block is soon over
         for name, kernel in kernels.items():
             times[name] += milliseconds(lambda kernel=kernel, tensors=tensors: attention(*tensors, None, kernel))
-    best = min(times, key=times.__getitem__, default="sdpa")
+    best = min(times, key=times.__getitem__)
     if "sdpa" in times and times["sdpa"] * (1 - LIKELY_NOISE) <= times[best]:
         best = "sdpa"
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return AttentionChoice(best, kernels.get(best), {name: round(time, 3) for name, time in times.items()}, unusable)
+    return AttentionChoice(best, kernels[best], {name: round(time, 3) for name, time in times.items()}, unusable)
 
 
 class _Unusable(Exception):

@@ -240,6 +240,7 @@ class Comparison:
             "b": self.b.facts,
             "prompt": run.request.prompt,
             "seed": run.seed,
+            "start": None if run.request.start is None else run.request.start.describe(),
             "frames": len(errors),
             "seconds": round(len(errors) / run.fps, 4),
             "fps": run.fps,

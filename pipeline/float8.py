@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import apply_layerwise_casting
@@ -34,6 +35,11 @@ SIZE_STEP = 16
 """8-bit matrix products want both sizes of a weight to be multiples of this."""
 SMALLEST_PEAK = 1e-12
 """Taken for the largest number of a token where all are zero, whose scale would be zero, too, and its values 0 / 0."""
+
+TRIED_SIZE = 64
+"""Rows and columns of the matrices of a trial: a multiple of all that kernels want."""
+TRIED_TOLERANCE = 0.1
+"""Largest relative error of a trial. Rounding to 8 bits gives some hundredths."""
 
 INSTALL_TORCHAO = 'pip install "torchao>=0.18,<0.19"'
 
@@ -63,29 +69,38 @@ class Float8Form:
         return f"Weights only, because {self.why}."
 
 
-def float8_form(facts: DeviceFacts, dtype: torch.dtype, torchao_problem: str | None) -> Float8Form:
+def float8_form(facts: DeviceFacts, dtype: torch.dtype, problem: str | None) -> Float8Form:
     """The better form that works.
 
     Args:
         facts: of the device.
         dtype: of the model.
-        torchao_problem: why torchao cannot be used, as from `torchao_problem()`; None if it can.
+        problem: why torchao cannot be used, as from `torchao_problem()` or `row_wise_problem()`; None if it can.
     """
     if not facts.at_least(8, 9):
         return Float8Form(False, f"{facts} cannot multiply in 8 bits (NVIDIA GPUs can from capability 8.9 on)")
     if dtype != torch.bfloat16:
         return Float8Form(False, f"the model is in {str(dtype).removeprefix('torch.')}, not bfloat16")
-    if torchao_problem is not None:
-        return Float8Form(False, torchao_problem)
+    if problem is not None:
+        return Float8Form(False, problem)
     return Float8Form(True)
 
 
-def form_on(device: torch.device, dtype: torch.dtype) -> Float8Form:
-    """The form on this machine."""
+def form_on(
+    device: torch.device, dtype: torch.dtype, trial: Callable[[torch.device], str | None] | None = None
+) -> Float8Form:
+    """The form on this machine.
+
+    Args:
+        device, dtype: of the model.
+        trial: why a product fails on the device, None if it does not. Default: `row_wise_problem`, which makes one.
+    """
     facts = DeviceFacts.of(device)
     # torchao takes seconds to import: only where it is the last question left.
     asked = float8_form(facts, dtype, None)
-    return float8_form(facts, dtype, torchao_problem()) if asked.row_wise else asked
+    if not asked.row_wise:
+        return asked
+    return float8_form(facts, dtype, torchao_problem() or (trial or row_wise_problem)(device))
 
 
 def torchao_problem() -> str | None:
@@ -99,6 +114,27 @@ def torchao_problem() -> str | None:
     return None
 
 
+@torch.no_grad()
+def row_wise_problem(device: torch.device) -> str | None:
+    """Why row-wise arithmetic fails on a device; None if it works. torchao is there, and multiplies a small matrix."""
+    from torchao.quantization import quantize_
+
+    try:
+        with _current(device):
+            # Torch's own random numbers are left alone. Rows of a diagonal are rounded to themselves.
+            layer = nn.utils.skip_init(nn.Linear, TRIED_SIZE, TRIED_SIZE, bias=False, device=device)
+            layer.weight.copy_(torch.eye(TRIED_SIZE))
+            layer = nn.Sequential(layer.to(torch.bfloat16))
+            tokens = torch.linspace(-1, 1, TRIED_SIZE * TRIED_SIZE, device=device).view(TRIED_SIZE, TRIED_SIZE)
+            quantize_(layer, _row_wise())
+            error = ((layer(tokens.to(torch.bfloat16)).float() - tokens).norm() / tokens.norm()).item()
+    except Exception as error:  # a kernel that was built for other GPUs, a library that lacks one: whatever they raise
+        reason = str(error).strip().partition("\n")[0][:160].rstrip(".")
+        return f"torchao fails here ({type(error).__name__}: {reason})"
+    # Also where it is no number.
+    return None if error <= TRIED_TOLERANCE else f"torchao's product in 8 bits is off by {error:.0%} here"
+
+
 def store_in_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of a model's large layers in 8 bits; each computes in `dtype` all the same."""
     own = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
@@ -107,16 +143,26 @@ def store_in_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
 
 def multiply_in_8_bits(model: CausalWanTransformer3DModel) -> None:
     """Round the weights of a bfloat16 model, and let its layers compute in 8 bits from now on."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(
+    with _current(model.device):
+        quantize_(model.blocks, _row_wise(), lambda module, _name: goes_row_wise(module) and not _has_empty_row(module))
+
+
+def _row_wise() -> Any:
+    """torchao's settings."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(),
         activation_value_lb=SMALLEST_PEAK,
         set_inductor_config=False,  # it would set the compiler, and float32 products, for the whole process
     )
-    device = model.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        quantize_(model.blocks, config, lambda module, _name: goes_row_wise(module) and not _has_empty_row(module))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What torchao computes then goes to this GPU, if it is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def goes_row_wise(module: nn.Module) -> bool:

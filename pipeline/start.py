@@ -6,6 +6,7 @@ made them itself, and goes on from there.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class Start:
     frames: np.ndarray
     """uint8 [T, H, W, 3], RGB. One of an image; of a video as many as make whole blocks of latents."""
     sha256: str = ""
-    """Of the file."""
+    """Of the file. Frames that are from none get that of their own shape and bytes."""
     source_size: tuple[int, int] | None = None
     """Width and height (pixels) of the file's picture, upright."""
     crop: tuple[int, int, int, int] | None = None
@@ -45,9 +46,14 @@ class Start:
             raise InvalidRequest(
                 f"There are {len(frames)} frames to start from; an image is one, a video at least one."
             )
+        if not self.sha256:
+            # Or a recipe would tell of any frames of the same number, and take others for them.
+            digest = hashlib.sha256(repr(frames.shape).encode())
+            digest.update(np.ascontiguousarray(frames))
+            object.__setattr__(self, "sha256", digest.hexdigest())  # the dataclass is frozen
 
     def describe(self) -> dict[str, Any]:
-        """For a recipe: enough to know the file again and to cut the same frames out of it."""
+        """For a recipe: enough to know the file, or the frames of none, again and to cut the same frames out."""
         return {
             "kind": self.kind,
             "sha256": self.sha256,

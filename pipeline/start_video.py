@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from pipeline.video import ffmpeg_binary
 
 MAX_SECONDS = 60.0
 """Longest video."""
-_HEAD_SECONDS, _DECODE_SECONDS = 20, 60
+_SPARE_FRAMES = 1
+"""What a video may have beyond that: the last frame is shown for a while, and another rate rounds up."""
+_HEAD_SECONDS, _DECODE_SECONDS = 10, 30
 """Longest time for a look at the head of a file, and for all of it."""
 _THREADS = "2"
 """Decoding goes on beside the model, which needs the other cores."""
@@ -61,6 +64,7 @@ def read_last_frames(
     # Nothing but this file may be opened, whatever it refers to.
     source = ["-protocol_whitelist", "file", "-max_pixels", str(max_pixels), "-threads", _THREADS]
     source += ["-f", demuxer, "-i", f"file:{path.resolve()}"]
+    began = time.monotonic()
     size = _size(source)
     check_size(size)
     width, height = target
@@ -74,18 +78,19 @@ def read_last_frames(
     output += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     frame_bytes = width * height * 3
     kept: deque[bytes] = deque(maxlen=count)
-    total = 0
+    most, total = round(MAX_SECONDS * fps) + _SPARE_FRAMES, 0
     overdue = threading.Event()
     # What it says goes to nobody: `_size` has asked what is to be known.
     with _started([*source, *output]) as process:
         assert process.stdout is not None
-        timer = threading.Timer(_DECODE_SECONDS, lambda: (overdue.set(), process.kill()))
+        left = max(0.0, began + _DECODE_SECONDS - time.monotonic())
+        timer = threading.Timer(left, lambda: (overdue.set(), process.kill()))
         timer.start()
         try:
             while len(frame := process.stdout.read(frame_bytes)) == frame_bytes:
                 kept.append(frame)
                 total += 1
-                if total > MAX_SECONDS * fps:
+                if total > most:
                     raise InvalidRequest(
                         f"The video has more than {MAX_SECONDS:g} s. Cut it: only its end is needed to go on from."
                     )

@@ -208,6 +208,16 @@ def test_what_fails_or_approximates_is_passed_over() -> None:
     }
 
 
+def test_if_none_is_right_it_says_why_of_each() -> None:
+    backends = {"sdpa": replace(WRONG, title="torch"), "nan": NEVER, "math": replace(RIGHT, reference=True)}
+    with pytest.raises(OptionUnavailable) as raised:
+        probe(backends, {})
+    assert str(raised.value).startswith("No attention gives the right numbers on a GPU of capability 9.0. sdpa: its")
+    assert "off by 1.0%" in str(raised.value) and "nan: its result is off by nan%" in str(raised.value)
+    choice = probe({"sdpa": WRONG, "slow": RIGHT}, {"slow": 9.0})
+    assert choice.name == "slow" and set(choice.unusable) == {"sdpa"}
+
+
 def test_the_real_list_survives_a_gpu_that_is_not_there() -> None:
     """Every kernel of a Hopper fails on this machine, and is told instead of raised."""
     choice = fastest(SHAPES, CPU, BF16, HOPPER, BACKENDS, lambda call: (call(), 1.0)[1])

@@ -25,8 +25,9 @@ from pipeline.config import GenerationRequest
 from pipeline.errors import Cancelled, InvalidRequest, OptionUnavailable, SelfForcingError, VideoError
 from pipeline.frame_file import FrameFile
 from pipeline.mp4 import read_comment
-from pipeline.recipe import read_recipe
+from pipeline.recipe import build_comparison_recipe, read_recipe
 from pipeline.side_by_side import GAP, joined, strip
+from pipeline.start import Start
 from pipeline.worker import ModelWorker
 from tests.media import read_media
 from tests.scripted import OFF_BY, SPEC, ScriptedPipeline, SwitchedPipeline, read_code
@@ -62,6 +63,13 @@ def test_a_switch_that_shows_is_measured() -> None:
     assert report["a"]["applied"]["decoder"] == "taehv" and report["b"]["applied"]["decoder"] == "wan"
     for side in ("a", "b"):
         assert report[side]["time_to_first_frame"] > 0 and report[side]["generation_fps"] > 0
+
+
+def test_a_report_says_what_both_started_from() -> None:
+    start = Start(kind="image", frames=np.zeros((1, SPEC.height, SPEC.width, 3), np.uint8))
+    report = compare(SwitchedPipeline(), replace(REQUEST, start=start), ON, OFF)
+    assert start.matches(report["start"]) and start.matches(build_comparison_recipe(report)["start"])
+    assert compare(SwitchedPipeline(), REQUEST, ON, OFF)["start"] is None
 
 
 def test_a_switch_that_changes_nothing_is_told_as_identical_in_valid_json() -> None:

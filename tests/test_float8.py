@@ -33,7 +33,7 @@ from weights import blueprints
 from weights.manifest import load_manifest
 
 ADA, HOPPER, AMPERE = (DeviceFacts("cuda", capability) for capability in ((8, 9), (9, 0), (8, 6)))
-BF16 = torch.bfloat16
+BF16, CPU = torch.bfloat16, torch.device("cpu")
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64}
 
 
@@ -82,7 +82,27 @@ def test_capability_is_asked_of_the_driver_and_not_of_a_name(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("names say nothing"))
     monkeypatch.setattr(float8, "torchao_problem", lambda: None)
-    assert float8.form_on(torch.device("cuda"), BF16).row_wise
+    assert float8.form_on(torch.device("cuda"), BF16, lambda device: None).row_wise
+
+
+def test_arithmetic_is_tried_before_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.device] = []
+
+    def fails(device: torch.device) -> str:
+        tried.append(device)
+        return "torchao fails here (RuntimeError: no kernel image)"
+
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(float8, "torchao_problem", lambda: None)
+    form = float8.form_on(cuda, BF16, fails)
+    assert form == Float8Form(False, "torchao fails here (RuntimeError: no kernel image)") and tried == [cuda]
+    monkeypatch.setattr(float8, "row_wise_problem", fails)
+    assert float8.form_on(cuda, BF16) == form, "without a word about it, the real trial is made"
+    monkeypatch.setattr(float8, "torchao_problem", lambda: "torchao is not installed")
+    assert float8.form_on(cuda, BF16, fails).why == "torchao is not installed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert not float8.form_on(cuda, BF16, fails).row_wise and len(tried) == 2, "there is nothing to try"
 
 
 # ---- the layers
@@ -120,7 +140,7 @@ def fake_torchao(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     converted: list[tuple[str, Any]] = []
     module = types.ModuleType("torchao.quantization")
 
-    def quantize_(model: nn.Module, config: FakeConfig, filter_fn: Any) -> None:
+    def quantize_(model: nn.Module, config: FakeConfig, filter_fn: Any = lambda part, name: False) -> None:
         converted.extend((name, config) for name, part in model.named_modules() if filter_fn(part, name))
 
     module.quantize_, module.PerRow, module.Float8DynamicActivationFloat8WeightConfig = quantize_, object, FakeConfig
@@ -139,6 +159,28 @@ def test_the_blocks_are_handed_to_torchao_and_an_empty_row_is_not(fake_torchao) 
     model.blocks[0].attn1.to_q.weight[3] = 0
     multiply_in_8_bits(model)
     assert len(fake_torchao) == 19 and "0.attn1.to_q" not in dict(fake_torchao)
+
+
+def test_the_trial_multiplies(fake_torchao, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["torchao.quantization"]
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert float8.row_wise_problem(CPU) is None
+    assert torch.equal(torch.rand(1), expected), "torch's own random numbers are left alone"
+
+    def wrong(model: nn.Module, config: FakeConfig, filter_fn: Any = None) -> None:
+        model[0].weight.mul_(1.5)
+
+    def broken(model: nn.Module, config: FakeConfig, filter_fn: Any = None) -> None:
+        raise RuntimeError("no kernel image is available\nand a long story")
+
+    monkeypatch.setattr(module, "quantize_", wrong)
+    assert float8.row_wise_problem(CPU) == "torchao's product in 8 bits is off by 50% here"
+    monkeypatch.setattr(module, "quantize_", lambda model, config: model[0].weight.fill_(float("nan")))
+    assert "off by nan%" in str(float8.row_wise_problem(CPU))
+    monkeypatch.setattr(module, "quantize_", broken)
+    assert float8.row_wise_problem(CPU) == "torchao fails here (RuntimeError: no kernel image is available)"
 
 
 def test_switched_on_off_and_on_again(fake_torchao, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +246,10 @@ def test_weights_take_what_the_plan_says(torchao: Any) -> None:
     multiply_in_8_bits(model)
     assert sum(map(stored, (*model.parameters(), *model.buffers()))) == expected
     assert model.dtype == BF16 and model.device.type == "cpu"
+
+
+def test_a_small_product_works(torchao: Any) -> None:
+    assert float8.row_wise_problem(CPU) is None
 
 
 def test_zeros_do_not_become_nan(torchao: Any) -> None:

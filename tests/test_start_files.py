@@ -210,6 +210,21 @@ def test_too_long_a_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read_start(write_video(tmp_path / "longer.mp4", 40), SPEC)
 
 
+@pytest.mark.parametrize(("frames", "good"), [(1798, True), (1799, True), (1802, False)])
+def test_a_whole_minute_is_read_whatever_its_rate(tmp_path: Path, frames: int, good: bool) -> None:
+    """At 29.97 a second, 1799 frames begin within a minute. The last is shown beyond it: at 24 a second one more."""
+    path, size = tmp_path / "minute.mp4", f"{SPEC.width}x{SPEC.height}"
+    source = ["-f", "lavfi", "-i", f"color=gray:size={size}:rate=30000/1001", "-frames:v", str(frames)]
+    command = [start_video.ffmpeg_binary(), "-loglevel", "error", *source, "-preset", "ultrafast", str(path)]
+    subprocess.run(command, check=True)
+    spec = replace(SPEC, native_fps=24)
+    if good:
+        assert read_start(path, spec).source_frames == frames - 358
+        return
+    with pytest.raises(InvalidRequest, match="more than 60 s"):
+        read_start(path, spec)
+
+
 def test_a_decoder_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = write_video(tmp_path / "clip.mp4", 33)
     monkeypatch.setattr(start_video, "_DECODE_SECONDS", 0)
@@ -322,6 +337,18 @@ def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", 40)
     one, two = read_start(path, SPEC), read_start(path, SPEC)
     assert np.array_equal(one.frames, two.frames) and one.matches(two.describe())
+
+
+def test_frames_that_are_from_no_file_are_told_apart() -> None:
+    one = np.zeros((9, *SHAPE[1:]), np.uint8)
+    other = one.copy()
+    other[4, 3, 2, 1] = 1
+    starts = [Start(kind="video", frames=frames) for frames in (one, other)]
+    assert starts[0].matches(Start(kind="video", frames=one[::1].copy()).describe())
+    assert not starts[0].matches(starts[1].describe()) and len({start.sha256 for start in starts}) == 2
+    assert all(len(start.sha256) == 64 for start in starts)
+    assert Start(kind="video", frames=one[:, :, ::-1]).matches(starts[0].describe()), "in whatever order they lie"
+    assert Start(kind="video", frames=one, sha256="ab" * 32).sha256 == "ab" * 32, "a file has its own"
 
 
 @pytest.mark.parametrize(

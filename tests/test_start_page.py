@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import json
+import os
 import re
+import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +23,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from pipeline.config import GenerationRequest
+from pipeline.mp4 import read_comment
 from pipeline.recipe import read_recipe
 from pipeline.start import Start
 from pipeline.start_file import read_start
@@ -162,7 +168,7 @@ def test_nothing_but_an_upload_is_read(server: Server, monkeypatch: pytest.Monke
 def test_a_file_is_read_once(server: Server, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     monkeypatch.setattr("web.starts.read_start", lambda path, spec: (reads.append(path), read_start(path, spec))[1])
-    server.page.starts._read.cache_clear()
+    server.page.starts._kept.clear()
     value = sent(server, files / "a.png")
     chosen(server, value)
     server.run(*GOOD, value, name="_begin", session="reads")
@@ -170,9 +176,71 @@ def test_a_file_is_read_once(server: Server, files: Path, monkeypatch: pytest.Mo
     assert len(reads) == 1
 
 
+@pytest.mark.parametrize("event", ["_begin", "begin_both"])
+def test_a_click_that_waits_keeps_no_frames(server: Server, files: Path, event: str) -> None:
+    value = sent(server, files / "a.mp4")
+    starts, session = server.page.starts, uuid.uuid4().hex
+    switch = ("taehv",) if event == "begin_both" else ()
+    server.run(*GOOD, *switch, value, name=event, session=session)
+    frames = weakref.ref(starts.known(value["path"], server.page.model_or_none()).frames)
+    starts._kept.clear()
+    gc.collect()
+    assert server.page.generator.sessions.awaited(session) and frames() is None
+    server.call("_stop", session=session)
+
+
+def test_what_a_run_will_take_is_told_from_numbers(server: Server, files: Path) -> None:
+    generator = server.page.generator
+    start = read_start(files / "a.mp4", SPEC)
+    plain = GenerationRequest(prompt="a ball", seconds=1.5)
+    expected = generator.expected(plain), generator.expected(replace(plain, start=start), plain)
+    generator.forget_paces()
+    assert [told() for told in expected] == [None, None]
+    generator._paces[False, False, False] = 0.5
+    assert [told() for told in expected] == [0.5 * 21, 0.5 * (24 + 21)]
+    generator.forget_paces()
+
+
+def test_a_file_is_not_read_for_the_settings(server: Server, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = sent(server, files / "a.png")
+    server.page.starts._kept.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("web.starts.read_start", lambda path, spec: pytest.fail("that takes the cores"))
+        assert server.call("_checked_settings", 7, 16, 1, value) == [""]
+        assert "seconds is 99" in server.call("_checked_settings", 7, 16, 99, value)[0]
+    chosen(server, value)
+    assert "13 frames, 1 of them what it starts from" in server.call("_checked_settings", 7, 16, 1, value)[0]
+
+
+def test_what_waits_in_the_queue_is_not_swept(server: Server, files: Path) -> None:
+    server.pipeline.step_seconds = 0.1
+    server.join(*GOOD, session="first")
+    wait_until(lambda: server.pipeline.requests)
+    value, other = sent(server, files / "a.png"), sent(server, files / "a.mp4")
+    server.join(*GOOD, None, value, session="second")
+    for path in (Path(value["path"]), Path(other["path"])):
+        for entry in (path, path.parent):
+            os.utime(entry, (time.time() - 1000,) * 2)
+    server.page.sweep_uploads(max_age=500)
+    assert Path(value["path"]).exists() and not Path(other["path"]).exists()
+    server.pipeline.step_seconds = 0.0
+    assert all(event["success"] for event in server.events("second") if event["msg"] == "process_completed")
+    wait_until(lambda: server.idle)
+    assert server.pipeline.requests[1].start.kind == "image"
+
+
+def test_a_video_that_was_made_here_is_not_removed(server: Server, files: Path) -> None:
+    video = server.run(*GOOD, session="owner")[-1][2]["path"]
+    server.run({"path": video, **DATA}, None, name="_restore")
+    assert Path(video).exists()
+
+
 def test_a_comparison_starts_from_it_on_both_sides(server: Server, files: Path) -> None:
     value = sent(server, files / "a.png")
-    server.run(*GOOD, "taehv", None, value, name="make_both")
+    card, _, both, *_ = server.run(*GOOD, "taehv", None, value, name="make_both")[-1]
+    expected = read_start(files / "a.png", SPEC).describe()
+    assert json.loads(read_comment(Path(both["path"])))["start"] == expected
+    assert f"Both start from the picture with sha256 {expected['sha256'][:12]}." in card
     assert {request.start.kind for request in server.pipeline.requests} == {"image"}
 
 

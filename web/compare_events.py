@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -61,7 +60,7 @@ class _CompareEvents:
     def begin_both(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, start, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         pair = self._pair(prompt, seed, fps, seconds, taehv, fp8, compile, switch, start)
-        expected = partial(self._page.comparer.expected_seconds, pair)
+        expected = self._page.comparer.expected(pair)
         ticket, place = self._page.announce(session_of(request), expected, "comparison")
         timer = gr.Timer(active=place.ahead > 0)
         return ticket.id, status.waiting(place), timer, *self._files(None), *_both(running=True)

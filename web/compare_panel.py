@@ -140,6 +140,8 @@ def _table(report: dict[str, Any]) -> str:
         for label, values in rows.items()
     )
     facts = f"{report['frames']} frames, seed {report['seed']}."
+    if report["start"] is not None:
+        facts += f" Both start from {escape(status.started_from(report['start']))}."
     return (
         f'<table class="sf-sides"><thead><tr><td></td>{names}</tr></thead><tbody>{cells}</tbody></table>'
         f'<p class="sf-explained">{escape(report["meaning"])} {facts}</p>'

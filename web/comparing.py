@@ -16,7 +16,7 @@ from pipeline.errors import Cancelled, SelfForcingError, VideoError
 from pipeline.meter import RunMeter
 from pipeline.side_by_side import write_side, write_side_by_side
 from web.generation import Generator
-from web.sessions import Ticket
+from web.sessions import Expected, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,9 @@ class Comparer:
         self._generator.warm_ups.check(pair.a, pair.b)
         return pair
 
-    def expected_seconds(self, pair: Pair) -> float | None:
-        """How long the model will take, judging by earlier videos with the same options; None if there were none."""
-        sides = [self._generator.expected_seconds(request) for request in (pair.a, pair.b)]
-        return None if None in sides else sum(seconds for seconds in sides if seconds is not None)
+    def expected(self, pair: Pair) -> Expected:
+        """Tells how long the model will take for both videos: see `Generator.expected`."""
+        return self._generator.expected(pair.a, pair.b)
 
     def run(
         self, pair: Pair, session: str, ticket_id: str | None = None, *, sides: bool = True
@@ -89,7 +88,7 @@ class Comparer:
             SelfForcingError: after the last update.
         """
         generator = self._generator
-        ticket = generator.sessions.begin(session, ticket_id, lambda: self.expected_seconds(pair))
+        ticket = generator.sessions.begin(session, ticket_id, self.expected(pair))
         side: Literal["A", "B"] = "A"
         try:
             if ticket.stopped:  # while it stood in the queue

@@ -17,7 +17,7 @@ from pipeline.video import Segment, SegmentEncoder
 from pipeline.worker import ModelWorker, Run
 from web.adapter import AdaptedPipeline, adapted
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
-from web.sessions import Sessions, Ticket
+from web.sessions import Expected, Sessions, Ticket
 from web.storage import VideoStore
 from web.warming import WarmUps
 
@@ -120,13 +120,28 @@ class Generator:
             model.spec.check_start(request.start)
         return request
 
-    def expected_seconds(self, request: GenerationRequest) -> float | None:
-        """How long the model will take, judging by earlier runs with the same options; None if there were none."""
-        pace = self._paces.get(_options(request))
-        if pace is None:
-            return None
-        plan = self.pipeline.plan(request)
-        return pace * (plan.num_frames - plan.start_frames)
+    def expected(self, *requests: GenerationRequest) -> Expected:
+        """Tells how long the model will take for all of them, judging by earlier runs with the same options.
+
+        It knows None if one has had no such run. Of the requests it keeps nothing but numbers: it may be asked as long
+        as they wait in the queue, and what a video starts from may be a hundred megabytes of frames.
+        """
+        try:
+            plans = [self.pipeline.plan(request) for request in requests]
+        except SelfForcingError:  # the model is gone, as the run will tell
+            return lambda: None
+        parts = [(_options(plan.request), plan.num_frames - plan.start_frames) for plan in plans]
+
+        def seconds() -> float | None:
+            total = 0.0
+            for options, frames in parts:
+                pace = self._paces.get(options)
+                if pace is None:
+                    return None
+                total += pace * frames
+            return total
+
+        return seconds
 
     def forget_paces(self) -> None:
         """Another model has another pace."""
@@ -146,7 +161,7 @@ class Generator:
         Raises:
             SelfForcingError: after the last update, which holds what was made until then.
         """
-        ticket = self.sessions.begin(session, ticket_id, lambda: self.expected_seconds(request))
+        ticket = self.sessions.begin(session, ticket_id, self.expected(request))
         try:
             meter = RunMeter(self.pipeline.plan(request))
             if ticket.stopped:  # while it stood in the queue

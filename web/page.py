@@ -32,10 +32,10 @@ from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
 from web.model_events import wire_models
 from web.models import ModelChoices, ModelMenu
-from web.sessions import Expected, Kind, Place, Ticket, sessions_ahead
+from web.sessions import Expected, Kind, Place, Ticket, files_in_queue, sessions_ahead
 from web.start_events import wire_start
 from web.starts import Starts
-from web.storage import VIDEOS, VideoStore, sweep_uploads
+from web.storage import VIDEOS, VideoStore, remove_upload, sweep_uploads
 from web.streams import StreamMemory
 from web.warming_events import wire_warming
 
@@ -215,7 +215,7 @@ class Page:
     def _begin(self, prompt, seed, fps, seconds, taehv, fp8, compile, start, request: gr.Request) -> Values:
         # Bad input is refused here, before it stands in a queue.
         checked = self.request(prompt, seed, fps, seconds, taehv, fp8, compile, start)
-        ticket, place = self.announce(session_of(request), lambda: self.generator.expected_seconds(checked))
+        ticket, place = self.announce(session_of(request), self.generator.expected(checked))
         timer = gr.Timer(active=place.ahead > 0)
         download = gr.update(value=None, interactive=False)
         return ticket.id, status.waiting(place), download, timer, *run_buttons(running=True)
@@ -288,7 +288,11 @@ class Page:
         return pieces.prompt_notice(prompt, self.model_or_none()) if isinstance(prompt, str) else ""
 
     def _checked_settings(self, seed, fps, seconds, start: str | None) -> str:
-        return self.settings_notice(seed, fps, seconds, self._start_or_none(start))
+        model = self.model_or_none()
+        known = self.starts.known(start, model)
+        if start is not None and known is None:  # not worth decoding; what it comes to, nobody knows then
+            model = None
+        return pieces.settings_notice(seed, fps, seconds, self.max_seconds, model, known)
 
     def settings_notice(self, seed, fps, seconds, start: Start | None) -> str:
         """What is wrong with the numbers, or what they come to."""
@@ -327,7 +331,7 @@ class Page:
             raise refusal(error) from error
         finally:
             if path != start:  # the same file may be what the next video goes on from
-                Path(path).unlink(missing_ok=True)
+                remove_upload(self.home, path)
         needed, chosen = needed_start(recipe), self._start_or_none(start)
         same = chosen.matches(needed) if chosen and needed else chosen is None and needed is None
         other = recipe.get("model") not in ("", model.name)
@@ -367,6 +371,11 @@ class Page:
             await asyncio.sleep(LOADING_POLL_SECONDS)
         self.fit_to_model()
 
+    def sweep_uploads(self, **limits: Any) -> None:
+        """Remove old uploads, but for those that somebody in the queue waits to start from. `limits`: for tests."""
+        self.starts.look_after(files_in_queue(self.blocks, MODEL_QUEUE))
+        sweep_uploads(self.home, **limits)
+
     async def _sweep(self) -> None:
         """Files and segments go by age and by size, whether or not anybody comes."""
         while True:
@@ -374,7 +383,7 @@ class Page:
             try:
                 self.streams.sweep()
                 await asyncio.to_thread(self.generator.store.sweep)
-                await asyncio.to_thread(sweep_uploads, self.home)
+                await asyncio.to_thread(self.sweep_uploads)
             except Exception:  # noqa: BLE001 - or one mishap would be the last sweep
                 logger.exception("Old files could not be removed")
 

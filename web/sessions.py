@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import gradio as gr
+from gradio.queueing import Event
 
 from pipeline.worker import Run
 
@@ -197,11 +198,25 @@ def sessions_ahead(blocks: gr.Blocks, concurrency_id: str, session: str) -> list
 
     The queue knows of everybody, of programs too, and nobody can stand in it without taking up one of its places.
     """
-    queue = blocks._queue
-    jobs = [event for job in queue.active_jobs if job for event in job]
-    running = [event.session_hash for event in jobs if event.concurrency_id == concurrency_id]
-    waiting = queue.event_queue_per_concurrency_id.get(concurrency_id)
-    in_line = [event.session_hash for event in waiting.queue] if waiting else []
+    running, waiting = _queued(blocks, concurrency_id)
+    in_line = [event.session_hash for event in waiting]
     if session in in_line:
         in_line = in_line[: in_line.index(session)]
-    return [*running, *in_line]
+    return [*(event.session_hash for event in running), *in_line]
+
+
+def files_in_queue(blocks: gr.Blocks, concurrency_id: str) -> list[str]:
+    """Paths that were sent along with the runs that go on or wait, as they were sent: nobody has checked them."""
+    events = [event for part in _queued(blocks, concurrency_id) for event in part]
+    values = [value for event in events if event.data is not None for value in event.data.data]
+    paths = [value.get("path") for value in values if isinstance(value, dict)]
+    return [path for path in paths if isinstance(path, str)]
+
+
+def _queued(blocks: gr.Blocks, concurrency_id: str) -> tuple[list[Event], list[Event]]:
+    """What goes on, and what waits."""
+    queue = blocks._queue
+    jobs = [event for job in queue.active_jobs if job for event in job]
+    running = [event for event in jobs if event.concurrency_id == concurrency_id]
+    waiting = queue.event_queue_per_concurrency_id.get(concurrency_id)
+    return running, list(waiting.queue) if waiting else []

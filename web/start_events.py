@@ -10,12 +10,10 @@ from pipeline.errors import SelfForcingError
 from web import start_panel
 from web.events import Values
 from web.start_panel import StartPanel
+from web.starts import READERS
 
 if TYPE_CHECKING:
     from web.page import Page
-
-READERS = 2
-"""Files that are read at the same time: decoding takes the cores from the model."""
 
 
 def wire_start(page: Page, panel: StartPanel) -> None:

@@ -135,8 +135,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
         "Weights": recipe["weights_sha256"][:12] or "unknown",
     }
     if start := recipe.get("start"):
-        what = "picture" if start["kind"] == "image" else f"last {start['frames']} frames of the video"
-        rows["Starts from"] = f"the {what} with sha256 {start['sha256'][:12]}"
+        rows["Starts from"] = started_from(start)
     if not recipe["complete"]:
         rows["Stopped"] = f"after {recipe['frames']} frames; made again, it has its full length"
     cells = "".join(f"<dt>{label}</dt><dd>{escape(str(value))}</dd>" for label, value in rows.items())
@@ -147,6 +146,12 @@ def _recipe(recipe: dict[str, Any]) -> str:
         f"<dl>{cells}</dl><div><code>{escape(command)}</code>"
         f'<button type="button" class="sf-link" data-copy="{escape(command)}">copy</button></div></details>'
     )
+
+
+def started_from(start: dict[str, Any]) -> str:
+    """What a video starts from, by what `Start.describe` tells of it."""
+    what = "picture" if start["kind"] == "image" else f"last {start['frames']} frames of the video"
+    return f"the {what} with sha256 {start['sha256'][:12]}"
 
 
 def _command(recipe: dict[str, Any]) -> str:

@@ -137,6 +137,14 @@ def sweep_uploads(home: Path, max_age: float = MAX_AGE_SECONDS, max_bytes: int =
         _remove_oldest((entry for entry in home.iterdir() if entry.name != VIDEOS), max_age, max_bytes)
 
 
+def remove_upload(home: Path, path: str | Path) -> None:
+    """Remove a file that a visitor sent, if it is one: the server's own videos and what lies elsewhere stay."""
+    file, home = Path(path).resolve(), home.resolve()
+    if file.is_relative_to(home) and not file.is_relative_to(home / VIDEOS):
+        with suppress(OSError):  # gone already
+            file.unlink()
+
+
 def _remove_oldest(entries: Iterable[Path], max_age: float, max_bytes: int) -> None:
     """Remove files and folders that are older than `max_age`, and the oldest ones until the rest is small enough."""
     found: list[tuple[float, int, Path]] = []
