@@ -89,8 +89,8 @@ def test_going_on_from_own_blocks_is_as_if_they_had_been_made_in_this_run(
     with recorded(pipe) as latents:
         whole = pipe.generate(request(seconds=pipe.spec.frames_in(blocks) / pipe.spec.fps))
     kept = [pipe._cache.in_order(layer) for layer in range(2)]
-    first = latents[:given]
-    monkeypatch.setattr(pipe, "_encode", lambda start, model: first)
+    first = torch.cat(latents[:given], dim=1)
+    monkeypatch.setattr("pipeline.generator.encode_start", lambda start, vae, spec: first)
     start = video(pipe.spec.frames_in(given))
     with recorded(pipe) as again:
         rest = pipe.generate(request(seconds=2, start=start))
