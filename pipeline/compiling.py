@@ -180,11 +180,11 @@ class Piece:
 
     def __call__(self, owner: nn.Module, *arguments: Any) -> Any:
         kind = kind_of(arguments)
+        last, self._last = self._last, kind
         if self.enabled and kind in self.ready:
             return settled(self.compiled(owner, *arguments))
-        if kind not in self.known and (kind == self._last or kind in self.dropped):
+        if kind not in self.known and (kind == last or kind in self.dropped):
             self._compiler.add(self, kind, owner)
-        self._last = kind
         return settled(self.plain(owner, *arguments))
 
 
