@@ -9,7 +9,8 @@ a compiler, and what is compiled is just what was counted beforehand, however lo
 Why a thread: a compilation cannot be interrupted, so on the model thread each one would hold up whoever comes next.
 Compiled code belongs to functions, not to threads; dynamo's lock, its callback and the compiler's modes concern the
 compiling thread alone, and plain calls elsewhere go on (two to three times slower on two cores, as measured once, for
-the interpreter and the processors are shared).
+the interpreter and the processors are shared). One thing does not: `torch.compiler.is_compiling()` is true in every
+thread meanwhile. So the model asks `is_dynamo_compiling()`, which is true only in the code that is being compiled.
 Dynamo puts torch's global random state back after each compilation; noise has generators of its own.
 """
 
@@ -22,7 +23,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ import torch
 from torch import nn
 
 from pipeline import compile_cache
+from pipeline.failures import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class CompileState:
     """None: nobody knows yet."""
     reason: str = ""
     """Of a failure, in a sentence for the user."""
+    to_learn: bool = False
+    """Whether a clip with these options, made now, would show more that can be compiled."""
 
     @property
     def share(self) -> float:
@@ -66,8 +70,10 @@ class CompileState:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        told = asdict(self)
+        del told["to_learn"]
         left = None if self.seconds_left is None else round(self.seconds_left, 1)
-        return asdict(self) | {"seconds_left": left}
+        return told | {"seconds_left": left}
 
 
 class Blueprint(NamedTuple):
@@ -145,6 +151,8 @@ class Piece:
         self.known: set[Kind] = set()
         """Kinds that are compiled or will be."""
         self.ready: set[Kind] = set()
+        self.dropped: set[Kind] = set()
+        """Kinds that were to be compiled and were not. They will be when they come again."""
         self._compiler = compiler
         self._compiled: Callable[..., Any] | None = None
         self._last: Kind | None = None
@@ -172,11 +180,11 @@ class Piece:
 
     def __call__(self, owner: nn.Module, *arguments: Any) -> Any:
         kind = kind_of(arguments)
+        last, self._last = self._last, kind
         if self.enabled and kind in self.ready:
             return settled(self.compiled(owner, *arguments))
-        if kind == self._last and kind not in self.known:
+        if kind not in self.known and (kind == last or kind in self.dropped):
             self._compiler.add(self, kind, owner)
-        self._last = kind
         return settled(self.plain(owner, *arguments))
 
 
@@ -205,6 +213,8 @@ class Compiler:
         self.backend = backend
         self.failure: str | None = None
         """Why nothing more is compiled, in a sentence."""
+        self.may_try_again = False
+        """Whether that may pass. See `try_again`."""
         self.learns = True
         """Whether kinds of calls that are new are compiled; otherwise they stay plain."""
         self._lock = threading.Condition()
@@ -221,9 +231,11 @@ class Compiler:
         with self._lock:
             if not self.learns:
                 return
-            piece.known.add(kind)
             if self._closed or self.failure is not None:
+                piece.dropped.add(kind)
                 return
+            piece.known.add(kind)
+            piece.dropped.discard(kind)
             self._units.append(_Unit(piece, kind, owner))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
@@ -233,15 +245,24 @@ class Compiler:
         """Of what consists of these pieces."""
         pieces = list(pieces)
         with self._lock:
-            total = sum(len(piece.known) for piece in pieces)
+            known = sum(len(piece.known) for piece in pieces)
+            total = known + sum(len(piece.dropped) for piece in pieces)
             done = sum(len(piece.ready) for piece in pieces)
             if self.failure is not None:
-                return CompileState("failed", done, total, reason=self.failure)
-            if not total:
-                return CompileState()
-            if done == total and all(piece.known for piece in pieces):
-                return CompileState("ready", done, total, 0.0)
-            return CompileState("warming", done, total, self._seconds_left(pieces))
+                return CompileState("failed", done, total, reason=self.failure, to_learn=self.may_try_again)
+            # Pieces are shared: of some, all may be known from runs with other options, and nothing of the rest.
+            to_learn = any(piece.dropped or not piece.known for piece in pieces)
+            if done < known:
+                return CompileState("warming", done, total, self._seconds_left(pieces), to_learn=to_learn)
+            if to_learn:
+                return CompileState("off", done, total, to_learn=True)
+            return CompileState("ready", done, total, 0.0)
+
+    def try_again(self) -> None:
+        """Forget a failure that may have passed. What it dropped is compiled when it comes again."""
+        with self._lock:
+            if self.may_try_again:
+                self.failure, self.may_try_again = None, False
 
     def wait(self, poll: Callable[[], object], seconds: float = 0.2) -> None:
         """Return when nothing is left to compile. `poll` is called again and again; what it raises ends the waiting."""
@@ -256,28 +277,33 @@ class Compiler:
         """Compile nothing more of these pieces. Returns when none is being compiled: their weights may change then.
 
         A compilation that has begun cannot be interrupted, so this may wait for one; `poll` is called meanwhile, and
-        what it raises ends the waiting. Kinds of calls that were not reached may be learnt anew.
+        what it raises ends the waiting. Kinds of calls that were not reached are compiled when they come again.
         """
         pieces = set(pieces)
         while True:
             poll()
             with self._lock:
-                for unit in [unit for unit in self._units if unit.piece in pieces]:
-                    self._units.remove(unit)
-                    unit.piece.known.discard(unit.kind)
+                self._drop([unit for unit in self._units if unit.piece in pieces])
                 if self._current is None or self._current.piece not in pieces:
                     return
                 self._lock.wait(seconds)
 
-    def close(self, timeout: float = 0.0) -> bool:
+    def close(self, timeout: float | None = 0.0) -> bool:
         """Compile nothing more. A compilation that goes on cannot be interrupted, but nobody needs to wait for its end.
 
-        Returns whether none goes on after `timeout` seconds.
+        Returns whether none goes on after `timeout` seconds; None waits for its end.
         """
         with self._lock:
             self._closed = True
-            self._units.clear()
+            self._drop(list(self._units))
             return self._lock.wait_for(lambda: self._thread is None, timeout)
+
+    def _drop(self, units: list[_Unit]) -> None:
+        """Take them out of the queue. Holds the lock."""
+        for unit in units:
+            self._units.remove(unit)
+            unit.piece.known.discard(unit.kind)
+            unit.piece.dropped.add(unit.kind)
 
     def _seconds_left(self, pieces: list[Piece]) -> float | None:
         if not self._size_done:
@@ -292,12 +318,12 @@ class Compiler:
 
     def _work(self) -> None:
         while (unit := self._next()) is not None:
-            failure = None
+            failure, passing = None, False
             try:
                 self._compile(unit)
             except BaseException as error:  # noqa: BLE001 - whatever it is: the model works without compiled code
                 logger.error("torch.compile failed", exc_info=error)
-                failure = failure_sentence(error)
+                failure, passing = failure_sentence(error), _out_of_memory(error)
             with self._lock:
                 self._seconds_done += time.monotonic() - self._began
                 self._size_done += unit.size
@@ -305,8 +331,9 @@ class Compiler:
                 if failure is None:
                     unit.piece.ready.add(unit.kind)
                 else:
-                    self.failure = failure
-                    self._units.clear()
+                    self.failure, self.may_try_again = failure, passing
+                    self._units.appendleft(unit)
+                    self._drop(list(self._units))
                 self._lock.notify_all()
             del unit  # or its weights would outlive a model that is given up
 
@@ -324,13 +351,19 @@ class Compiler:
         compile_cache.use()
         try:
             _call(unit)
-        except Exception:
+        except Exception as error:
             # What is in the cache may be damaged, half-written, of a compiler that has changed: once more without it.
-            if not compile_cache.give_up():
+            if _out_of_memory(error) or _disk_full(error) or not compile_cache.give_up():
                 raise
             logger.warning("torch.compile failed with what the cache holds; trying without", exc_info=True)
-            unit.piece.forget()
+            self._forget(unit)
             _call(unit)
+
+    def _forget(self, unit: _Unit) -> None:
+        """Let go of all that was compiled of a piece, and have the rest of it compiled again after this unit."""
+        with self._lock:
+            self._units.extend(_Unit(unit.piece, kind, unit.owner) for kind in unit.piece.ready)
+            unit.piece.forget()
 
 
 @torch.inference_mode()
@@ -340,11 +373,27 @@ def _call(unit: _Unit) -> None:
 
 def failure_sentence(error: BaseException) -> str:
     """What the user is told of an error that ended the compiling."""
+    if _disk_full(error):
+        return "torch.compile failed: the disk is full. Free some space and restart; everything else works."
+    if _out_of_memory(error):
+        return (
+            "torch.compile failed: there was too little memory beside what else was going on. The next video with it "
+            "tries again; without it everything works."
+        )
+    return "torch.compile failed on this machine. Switch it off; the next run works without it."
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return any(is_out_of_memory(link) for link in _links(error))
+
+
+def _disk_full(error: BaseException) -> bool:
+    return any("No space left on device" in str(link) for link in _links(error))
+
+
+def _links(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it: the compiler wraps what it meets."""
     link: BaseException | None = error
     while link is not None:
-        if "No space left on device" in str(link):
-            return "torch.compile failed: the disk is full. Free some space and restart; everything else works."
-        if isinstance(link, torch.OutOfMemoryError):
-            return "torch.compile failed: the device ran out of memory. Switch it off; the next run works without it."
+        yield link
         link = link.__cause__ or link.__context__
-    return "torch.compile failed on this machine. Switch it off; the next run works without it."

@@ -20,7 +20,7 @@ def load_failure(error: BaseException) -> SelfForcingError:
     """What is said of an unexpected error while loading."""
     clear_traces(error)
     failure: SelfForcingError
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         _try_to_free_memory()
         failure = OutOfMemory("The device ran out of memory while the model was loaded. Close other programs.")
     else:
@@ -50,7 +50,7 @@ def presentable(error: BaseException, name: str) -> SelfForcingError:
         # As text: a log that keeps its records must not keep the error, and with it the run.
         logger.error("%s failed\n%s", name, "".join(traceback.format_exception(error)))
     clear_traces(error)
-    if isinstance(error, OutOfMemory) or _is_out_of_memory(error):
+    if isinstance(error, OutOfMemory) or is_out_of_memory(error):
         _try_to_free_memory()
         if isinstance(error, OutOfMemory):
             return error
@@ -74,7 +74,8 @@ def clear_traces(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had too little memory."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True

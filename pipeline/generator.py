@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,10 @@ from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 
 WARM_UP_SECONDS = 10.0
-LEARNING_BLOCKS = 3
-"""Length of a clip that shows all kinds of calls twice in a row: see `compiling.Piece`."""
+LEARNING_BLOCKS, LEARNING_LATENTS = 3, 4
+"""Length at least of a clip that shows all kinds of calls twice in a row, see `compiling.Piece`. TAEHV, which decodes a
+block at a time, has a full memory from the second one on; the Wan VAE, which decodes a latent frame at a time, from the
+third on."""
 
 
 class SelfForcingPipeline:
@@ -179,8 +182,10 @@ class SelfForcingPipeline:
             Cancelled, DeadlineExceeded: from `control.checkpoint`, at any denoising step.
         """
         began = time.perf_counter()
-        if request.compile and self.waits_for_compile:
-            self._compile_now(request)
+        if request.compile:
+            self.compiler.try_again()
+            if self.waits_for_compile:
+                self._compile_now(request)
         compiled = self.compile_state(request)
         run = self._plan(request, compiled)
         self._stream_number += 1
@@ -269,7 +274,7 @@ class SelfForcingPipeline:
     def unavailable_options(self) -> dict[str, str]:
         """Option -> one sentence why it cannot work here."""
         reasons = unavailable_options(self.device, has_taehv=True in self._decoders)
-        if self.compiler.failure is not None:
+        if self.compiler.failure is not None and not self.compiler.may_try_again:
             reasons.setdefault("compile", self.compiler.failure)
         return reasons
 
@@ -281,11 +286,12 @@ class SelfForcingPipeline:
 
     def learning_request(self, request: GenerationRequest) -> GenerationRequest:
         """A short clip with the options of another; running it is enough to have everything compiled for both."""
-        seconds = self.spec.frames_in(LEARNING_BLOCKS) / self.spec.fps
+        blocks = max(LEARNING_BLOCKS, math.ceil(LEARNING_LATENTS / self.spec.frames_per_block))
+        seconds = self.spec.frames_in(blocks) / self.spec.fps
         return replace(request, seconds=seconds, fps=self.spec.fps, compile=True)
 
-    def close(self, timeout: float = 0.0) -> bool:
-        """Compile nothing more. Returns whether no compilation goes on after `timeout` seconds."""
+    def close(self, timeout: float | None = 0.0) -> bool:
+        """Compile nothing more. Returns whether no compilation goes on after `timeout` seconds; None waits for that."""
         return self.compiler.close(timeout)
 
     def _pieces(self, request: GenerationRequest) -> list[Piece]:
@@ -318,8 +324,11 @@ class SelfForcingPipeline:
             self.on_compiling(self.compile_state(request))
 
         self.compiler.wait(poll)
-        if self.compiler.failure is not None:
-            raise OptionUnavailable(self.compiler.failure)
+        state = self.compile_state(request)
+        if state.state != "ready":
+            raise OptionUnavailable(
+                state.reason or f"torch.compile got no further than {state.done} of {state.total} parts. Switch it off."
+            )
 
     def _roll_out(
         self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]

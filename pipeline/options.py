@@ -64,7 +64,24 @@ class TransformerOptions:
         """
         if fp8 != self.fp8:
             self.compiler.withdraw(self.pieces(self.fp8), checkpoint)
-        if self.fp8 and not fp8:
+        transformer = self._in_8_bits() if fp8 else self._whole()
+        pieces = self.pieces(fp8) if compile else ()
+        if pieces is not self._installed:
+            for block in transformer.blocks:
+                for name in CausalWanBlock.COMPILED:
+                    vars(block).pop(name, None)
+                for name, piece in zip(CausalWanBlock.COMPILED, pieces, strict=False):
+                    vars(block)[name] = MethodType(piece, block)  # in front of the class's own
+            self._installed = pieces
+        return transformer
+
+    # A run is made in inference mode. Weights are not: tensors of that mode are of another kind to the compiler, and
+    # all that was compiled for the weights before would be compiled once more.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _whole(self) -> CausalWanTransformer3DModel:
+        if self.fp8:
             # The old weights go first: on a card that the model just fits, there is no room for both.
             self._transformer = None
             gc.collect()
@@ -72,22 +89,21 @@ class TransformerOptions:
             self._transformer = self._load()
             self._transformer.use_attention(self._kernel)
             self.fp8, self._installed = False, ()
-        if fp8 and not self.fp8:
-            transformer, self._transformer = self._transformer, None  # half-way through it is neither: load it anew
-            if self.fp8_form.row_wise:
-                multiply_in_8_bits(transformer)
-            else:
-                store_in_8_bits(transformer, self.dtype)
-            self._transformer, self.fp8 = transformer, True
-        pieces = self.pieces(fp8) if compile else ()
-        if pieces is not self._installed:
-            for block in self._transformer.blocks:
-                for name in CausalWanBlock.COMPILED:
-                    vars(block).pop(name, None)
-                for name, piece in zip(CausalWanBlock.COMPILED, pieces, strict=False):
-                    vars(block)[name] = MethodType(piece, block)  # in front of the class's own
-            self._installed = pieces
         return self._transformer
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _in_8_bits(self) -> CausalWanTransformer3DModel:
+        if self._transformer is not None and self.fp8:
+            return self._transformer
+        transformer = self._whole()
+        self._transformer = None  # half-way through it is neither: load it anew
+        if self.fp8_form.row_wise:
+            multiply_in_8_bits(transformer)
+        else:
+            store_in_8_bits(transformer, self.dtype)
+        self._transformer, self.fp8 = transformer, True
+        return transformer
 
     def compiles(self, fp8: bool) -> bool:
         """Whether blocks can be compiled in this state. Casting changes a layer's weights around each of its calls:

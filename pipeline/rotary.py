@@ -71,7 +71,7 @@ def rotary_positions(head_dim: int, rows: int, columns: int) -> RotaryPositions:
 def apply_rotary(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Rotate the adjacent channel pairs of x [B, tokens, heads, head_dim], in float32 or wider; in x's dtype."""
     cos, sin = rotation
-    if x.device.type == "cpu" and x.dtype == cos.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and x.dtype == cos.dtype == torch.float32 and not torch.compiler.is_dynamo_compiling():
         # One product of complex numbers reads and writes the pairs once: a fifth of the time of what follows.
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)

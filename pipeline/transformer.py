@@ -309,7 +309,7 @@ def gated_add(hidden: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) ->
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh approximation."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad or torch.compiler.is_dynamo_compiling():
         return F.gelu(x, approximate="tanh")
     # (1 + tanh z) / 2 = sigmoid 2z, which torch computes on a CPU in less than half the time.
     twice = 2 * math.sqrt(2 / math.pi)

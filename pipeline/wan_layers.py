@@ -39,7 +39,7 @@ class _CausalConv3d(WanCausalConv3d):
         if not _applies(input):
             return super()._conv_forward(input, weight, bias)
         # For torch.compile the same call under a name of its own: it knows no shapes of oneDNN's.
-        convolve = _convolution if torch.compiler.is_compiling() else torch.mkldnn_convolution
+        convolve = _convolution if torch.compiler.is_dynamo_compiling() else torch.mkldnn_convolution
         return convolve(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -134,7 +135,11 @@ class ModelWorker:
             raise failures.again(switch.error)
 
     def close(self, timeout: float | None = 5.0) -> bool:
-        """Stop the current run, refuse the waiting ones, end the thread. Returns whether it ended within `timeout`."""
+        """Stop the current run, refuse the waiting ones, end the thread and what the pipeline does beside its runs.
+
+        Returns whether all that ended within `timeout` seconds; None waits as long as it takes.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             self._closed = True
             jobs = [*self._waiting, *([self._current] if self._current else [])]
@@ -146,7 +151,8 @@ class ModelWorker:
                 job.end(Cancelled("The model was shut down before this run began."))
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
-        return _closed(self._pipeline, timeout or 0.0) and not self._thread.is_alive()
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return _closed(self._pipeline, left) and not self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -338,8 +344,9 @@ class Run:
         self.close()
 
 
-def _closed(pipeline: StreamingPipeline | None, timeout: float = 0.0) -> bool:
-    """Have a pipeline end what it does beside its runs. Returns whether nothing goes on after `timeout` seconds."""
+def _closed(pipeline: StreamingPipeline | None, timeout: float | None = 0.0) -> bool:
+    """Have a pipeline end what it does beside its runs. Returns whether nothing goes on after `timeout` seconds; None
+    waits for that."""
     close = getattr(pipeline, "close", None)
     return True if close is None else bool(close(timeout))
 

@@ -17,20 +17,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 
 import app
 from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache
+from pipeline import generator as generator_module
 from pipeline.blocks import FrameBlock
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
 from pipeline.errors import OptionUnavailable
-from pipeline.transformer import CausalWanBlock
+from pipeline.rotary import apply_rotary
+from pipeline.transformer import CausalWanBlock, gelu
+from pipeline.wan_layers import speed_up
 from pipeline.worker import ModelWorker
 from tests.scripted import ScriptedPipeline
 from tests.small import write_model_folder
 from tests.waiting import wait_until
-from web import status
+from web import status, warming
 from web.comparing import Comparer
 from web.generation import Generator
 from web.page import Page
@@ -50,6 +56,7 @@ class Counted:
         self.going = threading.Event()
         self.going.set()
         self.error: Exception | None = None
+        self.attempts = 0
 
     @property
     def compilations(self) -> int:
@@ -57,10 +64,23 @@ class Counted:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         self.threads.add(threading.current_thread().name)
+        self.attempts += 1
         assert self.going.wait(60)
         if self.error is not None:
             raise self.error
         return self.counter(graph, inputs)
+
+
+class TorchFunctionNames(TorchFunctionMode):
+    """The functions of torch that are called on this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +118,12 @@ def made(pipe: SelfForcingPipeline, **changes: Any) -> tuple[np.ndarray, str]:
     return video.frames, video.run.applied["compile"]
 
 
+def alike(frames: np.ndarray, plain: np.ndarray) -> bool:
+    """Compiled code computes some functions another way: here and there a value is rounded to the next one."""
+    apart = np.abs(frames.astype(int) - plain.astype(int))
+    return bool(apart.max() <= 1 and (apart > 0).mean() < 1e-3)
+
+
 def finish(pipe: SelfForcingPipeline) -> None:
     pipe.compiler.wait(lambda: None)
 
@@ -116,7 +142,7 @@ def test_a_kind_of_call_is_compiled_when_it_comes_twice_in_a_row(backend: Counte
     for arguments in (first, other, first, other):
         piece(owner, *arguments)
     compiler.wait(lambda: None)
-    assert compiler.state([piece]) == CompileState("off") and backend.compilations == 0
+    assert compiler.state([piece]) == CompileState(to_learn=True) and backend.compilations == 0
     piece(owner, *other)
     compiler.wait(lambda: None)
     assert compiler.state([piece]) == CompileState("ready", 1, 1, 0.0)
@@ -160,13 +186,13 @@ def test_a_run_is_plain_and_says_so_until_everything_is_compiled(pipe: SelfForci
     finish(pipe)
     assert pipe.compile_state(request()).state == "ready"
     frames, said = made(pipe)
-    assert said == "on" and np.array_equal(frames, plain)
+    assert said == "on" and alike(frames, plain)
     assert backend.threads == {"compile"}
 
     # Compiled code really runs: without the plain functions, all but the first frames of a clip can be made.
     for piece in pipe._transformer.pieces(False):
         piece.plain = None
-    assert np.array_equal(made(pipe)[0], plain)
+    assert alike(made(pipe)[0], plain)
     pipe._decoder_steps[False].plain = None
     with pytest.raises(TypeError):
         made(pipe)
@@ -190,17 +216,18 @@ def test_what_is_compiled_is_known_beforehand_and_nothing_is_added(pipe: SelfFor
     assert spec.blocks_for(9, spec.fps) * spec.frames_per_block > 2 * spec.window_frames
     plain, _ = made(pipe, seconds=9, compile=False)
     frames, said = made(pipe, seconds=9)
-    assert said == "on" and np.array_equal(frames, plain)
+    assert said == "on" and alike(frames, plain)
     made(pipe, prompt="a blue car", seed=8, fps=24)
     pipe.merge_clean_pass = False
     made(pipe)
     pipe.merge_clean_pass = True
     assert backend.compilations == graphs
-    assert pipe.compile_state(request(taehv=True)).state == "warming"
+    half_known = pipe.compile_state(request(taehv=True))
+    assert (half_known.state, half_known.to_learn) == ("off", True), "nobody learns what the other decoder does"
     made(pipe, taehv=True)
     finish(pipe)
     taehv, _ = made(pipe, taehv=True, compile=False)
-    assert np.array_equal(made(pipe, taehv=True, seconds=3)[0], taehv)
+    assert alike(made(pipe, taehv=True, seconds=3)[0], taehv)
     made(pipe, taehv=True, seconds=5)
     assert backend.compilations == graphs + 1
 
@@ -211,7 +238,7 @@ def test_with_weights_in_8_bits_only_the_decoder_is_compiled(pipe: SelfForcingPi
     finish(pipe)
     assert backend.compilations == 1
     frames, said = made(pipe, fp8=True)
-    assert said == "the decoder only, because of FP8" and np.array_equal(frames, plain)
+    assert said == "the decoder only, because of FP8" and alike(frames, plain)
     made(pipe)
     finish(pipe)
     graphs = backend.compilations
@@ -239,12 +266,91 @@ def test_weights_do_not_change_under_the_compiler(pipe: SelfForcingPipeline, bac
     assert all(piece.known == piece.ready for piece in blocks)
 
 
+def test_what_was_withdrawn_is_compiled_when_it_comes_again(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    backend.going.clear()
+    made(pipe)
+    wait_until(lambda: backend.threads)
+    with ThreadPoolExecutor(1) as other:
+        withdrawn = other.submit(pipe.compiler.withdraw, pipe._transformer.pieces(False), lambda: None)
+        backend.going.set()
+        withdrawn.result(timeout=60)
+    finish(pipe)
+    state = pipe.compile_state(request())
+    assert (state.state, state.total, state.to_learn) == ("off", 2 * PIECES + 1, True)
+    made(pipe)
+    finish(pipe)
+    assert pipe.compile_state(request()) == CompileState("ready", 2 * PIECES + 1, 2 * PIECES + 1, 0.0)
+
+
+def test_after_8_bits_the_weights_are_such_as_were_compiled_for(pipe: SelfForcingPipeline, backend: Counted) -> None:
+    made(pipe)
+    finish(pipe)
+    made(pipe, fp8=True)
+    finish(pipe)
+    graphs = backend.compilations
+    frames, said = made(pipe)
+    assert said == "on" and alike(frames, made(pipe, compile=False)[0])
+    assert backend.compilations == graphs and backend.threads == {"compile"}
+    assert not any(tensor.is_inference() for tensor in pipe._transformer.apply(fp8=False, compile=False).parameters())
+
+
+def test_plain_code_stays_what_it_is_while_the_compiler_works(backend: Counted) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 5, 2, 120, generator=generator)
+    angles = torch.randn(1, 5, 1, 60, generator=generator)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    speed_up(vae)
+    latent = torch.randn(1, 4, 1, 4, 4, generator=generator)
+
+    def plain() -> list[torch.Tensor]:
+        return [gelu(x), apply_rotary(x, (angles.cos(), angles.sin())), vae.post_quant_conv(latent)]
+
+    compiler, owner = Compiler(backend), nn.Linear(3, 1)
+    piece = Piece(doubled, compiler)
+    with torch.inference_mode():
+        before = plain()
+        others = [F.gelu(x, approximate="tanh"), apply_rotary(x.double(), (angles.cos(), angles.sin())).float()]
+        assert not any(torch.equal(one, other) for one, other in zip(before, others, strict=False)), "or nothing shows"
+        backend.going.clear()
+        for _ in range(2):
+            piece(owner, torch.ones(3), (None, True))
+        wait_until(lambda: backend.threads)
+        with TorchFunctionNames() as called:
+            meanwhile = plain()
+        backend.going.set()
+    compiler.wait(lambda: None)
+    assert all(torch.equal(one, other) for one, other in zip(before, meanwhile, strict=True))
+    assert {"sigmoid_", "view_as_complex", "mkldnn_convolution"} <= called.names
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
+    backend: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    pipe = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, frames_per_block=1), device="cpu")
+    pipe.waits_for_compile = waits
+    use(pipe, backend)
+    learnt = pipe.learning_request(request())
+    assert pipe.plan(learnt).num_blocks == 4
+    if waits:
+        assert made(pipe, seconds=1)[1] == "on"
+        return
+    pipe.generate(learnt)
+    finish(pipe)
+    assert pipe.compile_state(request()).state == "ready"
+    monkeypatch.setattr(generator_module, "LEARNING_LATENTS", 3)
+    pipe = SelfForcingPipeline.from_pretrained(tmp_path, device="cpu")
+    use(pipe, backend)
+    with pytest.raises(OptionUnavailable, match=r"no further than 6 of 6 parts"):
+        made(pipe, seconds=1)
+
+
 def test_who_waits_gets_compiled_code_in_the_first_run(pipe: SelfForcingPipeline, backend: Counted) -> None:
     heard: list[CompileState] = []
     pipe.waits_for_compile, pipe.on_compiling = True, heard.append
     plain, _ = made(pipe, seconds=1, compile=False)
     frames, said = made(pipe, seconds=1)
-    assert said == "on" and np.array_equal(frames, plain)
+    assert said == "on" and alike(frames, plain)
     assert backend.compilations == 2 * PIECES + 1
     assert heard[-1].state == "ready" and pipe.waits_for_compile
     shares = [state.done for state in heard]
@@ -270,6 +376,65 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
     with pytest.raises(OptionUnavailable, match="Switch it off"):
         made(pipe)
     assert np.array_equal(made(pipe, compile=False)[0], plain)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError()])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_want_of_memory_may_pass(pipe: SelfForcingPipeline, backend: Counted, waits: bool, error: Exception) -> None:
+    plain, _ = made(pipe, compile=False)
+    backend.error = error
+    pipe.waits_for_compile = waits
+    for attempts in (1, 2):
+        if waits:
+            with pytest.raises(OptionUnavailable, match="too little memory"):
+                made(pipe)
+        else:
+            assert np.array_equal(made(pipe)[0], plain)
+            finish(pipe)
+        state = pipe.compile_state(request())
+        assert state.state == "failed" and "too little memory" in state.reason and state.to_learn
+        assert "compile" not in pipe.unavailable_options()
+        assert backend.attempts == attempts, "once for each run that asks for it"
+    backend.error = None
+    made(pipe)
+    finish(pipe)
+    frames, said = made(pipe)
+    assert said == "on" and alike(frames, plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "emptied"),
+    [
+        (torch.OutOfMemoryError("no room"), False),
+        (MemoryError(), False),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (RuntimeError("unexpected end of file"), True),
+    ],
+)
+def test_only_what_may_come_of_the_cache_empties_it(
+    backend: Counted, monkeypatch: pytest.MonkeyPatch, error: Exception, emptied: bool
+) -> None:
+    compiler, owner = Compiler(backend), nn.Linear(3, 1)
+    piece = Piece(doubled, compiler)
+    for _ in range(2):
+        piece(owner, torch.ones(3), (None, True))
+    compiler.wait(lambda: None)
+    asked: list[bool] = []
+
+    def give_up() -> bool:
+        asked.append(True)
+        backend.error = None
+        return True
+
+    monkeypatch.setattr(compile_cache, "give_up", give_up)
+    backend.error = error
+    for _ in range(2):
+        piece(owner, torch.ones(2, 3), (None, True))
+    compiler.wait(lambda: None)
+    assert bool(asked) == emptied
+    # What was ready went with the cache, and is compiled again.
+    assert compiler.state([piece]).state == ("ready" if emptied else "failed")
+    assert len(piece.ready) == (2 if emptied else 1) and backend.compilations == (3 if emptied else 1)
 
 
 def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> None:
@@ -310,6 +475,18 @@ def test_closing_says_whether_a_compilation_goes_on(pipe: SelfForcingPipeline, b
     assert pipe.close(60) and backend.compilations == 1, "nothing more was begun"
 
 
+@pytest.mark.parametrize("seconds", [None, 60])
+def test_closing_can_wait_for_a_compilation(pipe: SelfForcingPipeline, backend: Counted, seconds: float | None) -> None:
+    backend.going.clear()
+    worker = ModelWorker(pipe)
+    list(worker.submit(request()))
+    wait_until(lambda: backend.threads)
+    release = threading.Timer(0.5, backend.going.set)
+    release.start()
+    assert worker.close(timeout=seconds) and backend.compilations == 1
+    release.join()
+
+
 # ---- the page
 
 
@@ -336,11 +513,64 @@ def test_a_comparison_waits_for_the_warm_up(generator: Generator, backend: Count
     assert last.meter.run.applied["compile"] == "on" and backend.compilations == 2 * PIECES + 1
 
 
+def test_other_options_are_warmed_up_after_the_first(generator: Generator, backend: Counted) -> None:
+    warm_ups = generator.warm_ups
+    warm_ups.begin(request())
+    wait_until(lambda: warm_ups.state(request()).state == "ready", 60)
+    warm_ups.begin(request(taehv=True))
+    wait_until(lambda: warm_ups.state(request(taehv=True)).state == "ready", 60)
+    assert backend.compilations == 2 * PIECES + 2
+    wait_until(lambda: not warm_ups._learning)
+    warm_ups.begin(request(taehv=True))
+    assert not warm_ups._learning, "there is nothing to learn"
+
+
+def test_two_warm_ups_at_once(generator: Generator, backend: Counted) -> None:
+    for taehv in (False, True):
+        generator.warm_ups.begin(request(taehv=taehv))
+    for taehv in (False, True):
+        wait_until(lambda taehv=taehv: generator.warm_ups.state(request(taehv=taehv)).state == "ready", 60)
+    assert backend.compilations == 2 * PIECES + 2
+
+
+def test_a_clip_for_nobody_is_broken_off_and_can_be_made_again(
+    generator: Generator, backend: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparer, warm_ups, plain = Comparer(generator), generator.warm_ups, request(compile=False)
+    on, off = {"compile": True}, {"compile": False}
+    monkeypatch.setattr(warming, "LEARNING_SECONDS", 0.0)
+    with pytest.raises(OptionUnavailable, match=r"warming up .*Try again"):
+        comparer.checked_pair(plain, on, off)
+    wait_until(lambda: not warm_ups._learning)
+    state = warm_ups.state(request())
+    assert (state.state, state.to_learn) == ("off", True)
+    with pytest.raises(OptionUnavailable, match="Make a video with it first"):
+        comparer.checked_pair(plain, on, off)
+    wait_until(lambda: not warm_ups._learning)
+    assert backend.attempts == 0
+    monkeypatch.setattr(warming, "LEARNING_SECONDS", 60.0)
+    warm_ups.begin(request())
+    wait_until(lambda: warm_ups.state(request()).state == "ready", 60)
+    assert comparer.checked_pair(plain, on, off).differs == ("compile",)
+
+
+def test_a_warm_up_that_ran_out_of_memory_can_be_begun_again(generator: Generator, backend: Counted) -> None:
+    warm_ups = generator.warm_ups
+    backend.error = torch.OutOfMemoryError("no room")
+    warm_ups.begin(request())
+    wait_until(lambda: warm_ups.state(request()).state == "failed" and not warm_ups._learning, 60)
+    backend.error = None
+    warm_ups.begin(request())
+    wait_until(lambda: warm_ups.state(request()).state == "ready", 60)
+
+
 def test_the_page_tells_how_far_it_is() -> None:
     line = status.warming(CompileState("warming", 3, 8, 40.4))
     assert "torch.compile is warming up: 3 of 8, about 40 s left; videos are made without it until then" in line
     assert "width:37.5%" in line
     assert "warming up; videos" in status.warming(CompileState("off"))
+    half_known = status.warming(CompileState("off", 6, 6, to_learn=True))
+    assert "warming up; videos" in half_known and "width:0.0%" in half_known
     assert "is ready" in status.warming(CompileState("ready", 8, 8, 0.0))
     assert "sf-wrong" in status.warming(CompileState("failed", reason="No <compiler>.")) and "&lt;compiler" in (
         status.warming(CompileState("failed", reason="No <compiler>."))

@@ -210,6 +210,21 @@ def test_closing_ends_everything(pipeline: ScriptedPipeline) -> None:
     assert worker.close()
 
 
+@pytest.mark.parametrize(("timeout", "left"), [(0.3, 0.0), (None, None)])
+def test_closing_has_one_deadline_for_all(
+    pipeline: ScriptedPipeline, timeout: float | None, left: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+    monkeypatch.setattr(pipeline, "close", lambda timeout: told.append(timeout) or True, raising=False)
+    pipeline.step_seconds = 1.0
+    worker = ModelWorker(pipeline)
+    current = worker.submit(REQUEST)
+    wait_until(lambda: current.begun)
+    assert worker.close(timeout) == (timeout is None)
+    assert told == [left], "nothing is left of the time when the model has taken all of it"
+    assert worker.close(10)
+
+
 def test_importing_the_worker_does_not_import_torch() -> None:
     code = "import sys, pipeline.worker, pipeline.video; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -95,7 +95,9 @@ class Endpoints:
             seconds: Length of the video, rounded to whole blocks.
             taehv: Decode with the small TAEHV autoencoder.
             fp8: Keep the weights in 8 bits.
-            compile: Compile the model first.
+            compile: Use compiled code. The first request with it begins to compile in the background, and until that is
+                done videos are made without; progress and recipe say under applied.compile which it was, and /options
+                how far it is.
 
         Returns:
             The MP4 file, its recipe, and progress: state, block, num_blocks, frames, num_frames, time_to_first_frame,
@@ -127,7 +129,9 @@ class Endpoints:
             seconds: Length of what is made, rounded to whole blocks. What it starts from comes on top, first.
             taehv: Decode with the small TAEHV autoencoder.
             fp8: Keep the weights in 8 bits.
-            compile: Compile the model first.
+            compile: Use compiled code. The first request with it begins to compile in the background, and until that is
+                done videos are made without; progress and recipe say under applied.compile which it was, and /options
+                how far it is.
 
         Returns:
             As generate: the MP4 file, its recipe (which tells of the start by its hash), and progress.

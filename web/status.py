@@ -67,10 +67,12 @@ def warming(state: CompileState) -> str:
         return f'<p class="sf-warming sf-wrong">{escape(state.reason)}</p>'
     if state.state == "ready":
         return '<p class="sf-warming">torch.compile is ready: the next video is made with it.</p>'
+    counting = state.state == "warming"
+    share = state.share if counting else 0.0
     left = "" if state.seconds_left is None else f", about {_duration(state.seconds_left)} left"
-    counted = f": {state.done} of {state.total}{left}" if state.total else ""
+    counted = f": {state.done} of {state.total}{left}" if counting else ""
     line = f"torch.compile is warming up{counted}; videos are made without it until then."
-    bar = f'<div class="sf-bar" aria-hidden="true"><i style="width:{100 * state.share:.1f}%"></i></div>'
+    bar = f'<div class="sf-bar" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></div>'
     return f'<div class="sf-warming"><p role="status">{line}</p>{bar}</div>'
 
 

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from pipeline.config import GenerationRequest
-from pipeline.errors import OptionUnavailable, SelfForcingError
+from pipeline.errors import DeadlineExceeded, OptionUnavailable, SelfForcingError
 from pipeline.worker import ModelWorker
 from web.adapter import adapted
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from pipeline.compiling import CompileState
 
 LEARNING_SECONDS = 10.0
-"""Longest time that a clip for nobody may take; the rest is then learnt from visitors' own videos."""
+"""Longest time that a clip for nobody may have the model; the rest is then learnt from visitors' own videos."""
+
+Options = tuple[bool, bool]
 
 
 class WarmUps:
@@ -27,8 +29,12 @@ class WarmUps:
     def __init__(self, worker: ModelWorker) -> None:
         self._worker = worker
         self._lock = threading.Lock()
-        self._learning = False
-        """Whether the clip waits or is being made."""
+        self._learning: dict[Options, GenerationRequest] = {}
+        """Whose clips wait or are being made."""
+        self._goes_on = False
+        """Whether a thread sees to these."""
+        self._too_long: set[Options] = set()
+        """Whose last clip was broken off."""
 
     def state(self, request: GenerationRequest) -> CompileState | None:
         """How far the compiled code for these options is; None if the model does not tell, or is not there."""
@@ -40,11 +46,14 @@ class WarmUps:
     def begin(self, request: GenerationRequest) -> None:
         """Have everything compiled that a request with these options needs. Returns at once."""
         state = self.state(request)
+        if state is None or not state.to_learn:
+            return
         with self._lock:
-            if state is None or state.state != "off" or self._learning:
+            self._learning.setdefault(_options(request), request)
+            if self._goes_on:
                 return
-            self._learning = True
-        threading.Thread(target=self._learn, args=(request,), name="learning", daemon=True).start()
+            self._goes_on = True
+        threading.Thread(target=self._learn, name="learning", daemon=True).start()
 
     def check(self, *requests: GenerationRequest) -> None:
         """Begin the warm-up for those that want torch.compile, and refuse them until it is over.
@@ -55,22 +64,49 @@ class WarmUps:
         for request in requests:
             if not request.compile:
                 continue
+            too_long = _options(request) in self._too_long
             self.begin(request)
             state = self.state(request)
-            if state is not None and state.state in ("off", "warming"):
+            if state is None or state.state not in ("off", "warming"):
+                continue
+            if too_long and state.to_learn:
                 raise OptionUnavailable(
-                    f"torch.compile is warming up ({state.ready_in}), and until then nothing is compiled that could be "
-                    "compared. Try again then."
+                    "torch.compile needs a video to see what there is to compile, and a short one took longer than "
+                    f"{LEARNING_SECONDS:g} s here. Make a video with it first; it is compiled after that."
                 )
+            raise OptionUnavailable(
+                f"torch.compile is warming up ({state.ready_in}), and until then nothing is compiled that could be "
+                "compared. Try again then."
+            )
 
-    def _learn(self, request: GenerationRequest) -> None:
-        try:
-            clip = adapted(self._worker.wait_ready(timeout=0)).learning_request(request)
-            with self._worker.submit(clip) as run:
-                for block in run:
-                    if block.elapsed > LEARNING_SECONDS:
-                        break
-        except (SelfForcingError, TimeoutError):
-            pass  # what fails in the model, the model thread has logged; a visitor's own video will meet it, too
-        finally:
-            self._learning = False
+    def _learn(self) -> None:
+        while True:
+            with self._lock:
+                if not self._learning:
+                    self._goes_on = False
+                    return
+                options, request = next(iter(self._learning.items()))
+            try:
+                self._make_clip(request)
+                self._too_long.discard(options)
+            except DeadlineExceeded:
+                self._too_long.add(options)
+            except (SelfForcingError, TimeoutError):
+                pass  # what fails in the model, the model thread has logged; a visitor's own video will meet it, too
+            finally:
+                with self._lock:
+                    del self._learning[options]
+
+    def _make_clip(self, request: GenerationRequest) -> None:
+        model = adapted(self._worker.wait_ready(timeout=0))
+        state = model.compile_state(request)
+        if state is None or not state.to_learn:  # the clip before this one has shown it, or the model is another one
+            return
+        with self._worker.submit(model.learning_request(request), max_seconds=LEARNING_SECONDS) as run:
+            for _ in run:
+                pass
+
+
+def _options(request: GenerationRequest) -> Options:
+    """What makes a difference to what is compiled."""
+    return request.taehv, request.fp8
