@@ -65,7 +65,7 @@ _convolution.register_fake(_convolved_shape)
 
 class _RMSNorm(WanRMS_norm):
     def forward(self, x: Tensor) -> Tensor:
-        if not _applies(x):
+        if not _applies(x) or x.requires_grad:  # gradients need what is overwritten below
             return super().forward(x)
         power = (x * x).sum(1, keepdim=True)
         normed = x * power.clamp_min_(1e-24).rsqrt_().mul_(self.scale) * self.gamma

@@ -590,7 +590,7 @@ def test_the_box_begins_the_warm_up(pipe: SelfForcingPipeline, backend: Counted)
         page = Page(worker, 20)
         (choose, look) = (
             next(f.fn for f in page.blocks.fns.values() if getattr(f.fn, "__name__", "") == name and "warming" in where)
-            for name, where in (("want", "warming"), ("ask", "warming"))
+            for name, where in (("want_compiled", "warming"), ("ask_warming", "warming"))
         )
         assert choose(False, False, False)[0] == "" and choose("yes", 1, None)[0] == ""
         line, timer = choose(False, False, True)

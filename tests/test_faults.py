@@ -32,8 +32,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
-from pipeline import GenerationRequest, SelfForcingPipeline, cache, float8, generator, options, video
-from pipeline import worker as worker_module
+from pipeline import GenerationRequest, SelfForcingPipeline, cache, float8, generator, jobs, options, video
 from pipeline.attention import attention
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.cache import KVCache
@@ -861,7 +860,7 @@ DEATHS = (SystemExit, KeyboardInterrupt, GeneratorExit, Killed)
 
 @pytest.fixture
 def mortal(monkeypatch) -> Iterator[tuple[ModelWorker, ScriptedPipeline]]:
-    monkeypatch.setattr(worker_module, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
     pipeline = ScriptedPipeline(spec=replace(SPEC, height=24, width=64))
     with ModelWorker(pipeline) as worker:
         yield worker, pipeline

@@ -22,23 +22,30 @@ def wire_warming(page: Page) -> None:
     options = [ui.options[name] for name in ("taehv", "fp8", "compile")]
     outputs = [ui.warming, ui.warming_timer]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    gr.on([option.change for option in options], events.want, options, outputs, trigger_mode="always_last", **quiet)
-    ui.warming_timer.tick(events.ask, options, outputs, **quiet)
+    gr.on(
+        [option.change for option in options],
+        events.want_compiled,
+        options,
+        outputs,
+        trigger_mode="always_last",
+        **quiet,
+    )
+    ui.warming_timer.tick(events.ask_warming, options, outputs, **quiet)
 
 
 class _WarmingEvents:
     def __init__(self, page: Page) -> None:
         self._warm_ups = page.generator.warm_ups
 
-    def want(self, taehv: Any, fp8: Any, compile: Any) -> Values:
+    def want_compiled(self, taehv: Any, fp8: Any, compile: Any) -> Values:
         """A visitor has chosen other options: if torch.compile is among them, it is warmed up for these."""
         request = _request(taehv, fp8, compile)
         if request is None:
             return "", gr.Timer(active=False)
         self._warm_ups.begin(request)
-        return self.ask(taehv, fp8, compile)
+        return self.ask_warming(taehv, fp8, compile)
 
-    def ask(self, taehv: Any, fp8: Any, compile: Any) -> Values:
+    def ask_warming(self, taehv: Any, fp8: Any, compile: Any) -> Values:
         """How far it is. The page goes on asking until that cannot change any more."""
         request = _request(taehv, fp8, compile)
         state = None if request is None else self._warm_ups.state(request)
