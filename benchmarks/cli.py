@@ -22,10 +22,10 @@ from pipeline.cli import (
     check_device,
     check_device_name,
     check_model_folder,
-    quiet_libraries,
     say,
 )
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.process import quiet_libraries
 
 PARTS = {
     "reference": "ratios against what the authors' code does",

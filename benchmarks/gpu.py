@@ -36,11 +36,11 @@ from pipeline.cli import (
     SentenceParser,
     check_device,
     check_device_name,
-    quiet_libraries,
     say,
 )
 from pipeline.control import RunControl
 from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.process import quiet_libraries
 
 SCALE = Scale(rounds=3, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
 AGREEMENT_BLOCKS = 2

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +22,7 @@ from typing import Any, NoReturn, cast
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
 from pipeline.config import ATTENTION_NAMES, FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.process import ignore_interrupts, leave_at_once, quiet_libraries, terminate_like_interrupt
 from pipeline.recipe import build_recipe
 from pipeline.start_cli import add_start_arguments, read_start_arguments
 from pipeline.video import SegmentEncoder
@@ -390,40 +386,6 @@ def check_device(name: str | None) -> None:
     backend = getattr(torch, kind)
     if not backend.is_available() or int(number or 0) >= backend.device_count():
         raise OptionUnavailable(f"There is no device {name} on this machine (or torch was built without it). Use cpu.")
-
-
-# ---- behaviour of the process
-
-
-def quiet_libraries(verbose: bool) -> None:
-    """Keep other people's warnings off the terminal: what a user has to know, this program says itself."""
-    if verbose:
-        logging.basicConfig(level=logging.INFO)
-        return
-    logging.basicConfig(level=logging.CRITICAL + 1)
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
-
-def terminate_like_interrupt() -> None:
-    """Treat a polite kill as Ctrl-C: half-written files go away."""
-    if threading.current_thread() is threading.main_thread():  # the only one that may say so
-        # Not by way of SIGINT: a shell that starts a program in the background has it ignored there.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def ignore_interrupts() -> None:
-    """After the first signal there is nothing more to stop; `timeout`, for one, sends its signal twice."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def leave_at_once(code: int) -> NoReturn:
-    """End the process under a thread that torch does not let go of."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 MAKING = "Making video"

@@ -23,7 +23,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from pipeline import compile_cache
-from pipeline.failures import is_out_of_memory
+from pipeline.failures import causes, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -384,16 +384,8 @@ def failure_sentence(error: BaseException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return any(is_out_of_memory(link) for link in _links(error))
+    return any(is_out_of_memory(link) for link in causes(error))
 
 
 def _disk_full(error: BaseException) -> bool:
-    return any("No space left on device" in str(link) for link in _links(error))
-
-
-def _links(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it: the compiler wraps what it meets."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
+    return any("No space left on device" in str(link) for link in causes(error))

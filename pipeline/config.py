@@ -7,12 +7,14 @@ particular model is written here: a spec comes from a model folder's `model_inde
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
 
 import ftfy
@@ -107,6 +109,21 @@ class ModelSpec:
                 f"window_frames {self.window_frames} leaves {recent} recent frames beside {self.sink_frames} sink "
                 f"frames and the current block, but must leave at least one block of {self.frames_per_block}"
             )
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ModelSpec:
+        """Read the spec of a model folder, at nothing else of which this looks.
+
+        Raises:
+            WeightsError: its index cannot be read, or its settings cannot be used.
+        """
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"The model_index.json of {folder.name!r} cannot be read. Get the model again."
+            ) from error
+        return cls.from_config(index.get("settings", {}) if isinstance(index, dict) else index)
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:

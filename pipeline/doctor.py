@@ -22,11 +22,11 @@ from pipeline.cli import (
     SentenceParser,
     check_device,
     check_device_name,
-    quiet_libraries,
     say,
 )
 from pipeline.disk import free_disk
 from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
+from pipeline.process import quiet_libraries
 
 PACKAGES = ("torch", "diffusers", "transformers", "gradio", "huggingface_hub", "imageio-ffmpeg", "torchao", "triton")
 OPTIONAL_PACKAGES = {"torchao", "triton"}

@@ -9,6 +9,7 @@ import gc
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import cast
 
 from pipeline.errors import InvalidRequest, OptionUnavailable, OutOfMemory, SelfForcingError
@@ -66,11 +67,17 @@ def presentable(error: BaseException, name: str) -> SelfForcingError:
 
 def clear_traces(error: BaseException) -> None:
     """Empty the frames of an error and of those behind it: their local variables are what was loaded or did not fit."""
-    link: BaseException | None = error
-    cleared: list[BaseException] = []
-    while link is not None and link not in cleared:
+    for link in causes(error):
         traceback.clear_frames(link.__traceback__)
-        cleared.append(link)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, each once: they may lead in a circle."""
+    link: BaseException | None = error
+    seen: list[BaseException] = []
+    while link is not None and link not in seen:
+        yield link
+        seen.append(link)
         link = link.__cause__ or link.__context__
 
 

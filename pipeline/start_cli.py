@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from pipeline.config import ModelSpec
-from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.errors import InvalidRequest
 from pipeline.start import Start
 
 
@@ -33,12 +32,4 @@ def read_start_arguments(options: argparse.Namespace) -> Start | None:
         return None
     from pipeline.start_file import read_start  # here: without a file nobody waits for Pillow
 
-    return read_start(path, _spec_of(options.model), "image" if options.image is not None else "video")
-
-
-def _spec_of(folder: Path) -> ModelSpec:
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"The model_index.json of {folder.name!r} cannot be read. Get the model again.") from error
-    return ModelSpec.from_config(index.get("settings", {}) if isinstance(index, dict) else index)
+    return read_start(path, ModelSpec.of_folder(options.model), "image" if options.image is not None else "video")

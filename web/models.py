@@ -6,7 +6,6 @@ as the videos, all open pages are told, and a page that others can reach has no 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -272,7 +271,6 @@ def _own_folders(choices: ModelChoices, manifest: Manifest) -> tuple[dict[str, P
 
 def _name_of(folder: Path) -> str:
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        return ModelSpec.from_config(index["settings"]).name
-    except (OSError, ValueError, KeyError, TypeError, SelfForcingError):
+        return ModelSpec.of_folder(folder).name
+    except SelfForcingError:
         return folder.name  # loading will say what is wrong with it

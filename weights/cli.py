@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import SentenceParser, quiet_libraries, say, terminate_like_interrupt
+from pipeline.cli import SentenceParser, say
 from pipeline.errors import InvalidRequest, SelfForcingError, WeightsError
+from pipeline.process import quiet_libraries, terminate_like_interrupt
 from weights.install import download, verify
 from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, load_manifest
 from weights.progress import Listener, Progress, gigabytes
