@@ -5,6 +5,7 @@ Every frame carries its own number, so what was painted, in which order and when
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import time
@@ -36,6 +37,10 @@ pytestmark = pytest.mark.browser
 
 QUIET_SECONDS = 4.0
 """A player that has seen the end of the stream asks for no playlist for this long. (Otherwise it asks every few s.)"""
+
+SHOWN_AGAIN = 2
+"""So many frames further back at most does Chromium begin again after a stall: seen once, where a test run took all of
+the processor, and without a script having moved the playhead."""
 
 # The patches of pure red, green and blue along the picture's upper edge: their middles, as shares of its size.
 PATCHES = {
@@ -136,12 +141,17 @@ def showing(open_page, site, tmp_path, played) -> Showings:
 
 
 def assert_painted(sight: Sight, num_frames: int, share: float = 0.98) -> None:
-    """Every frame once and in its order, up to the last one, save for the few that a browser may leave out."""
+    """Every frame once and in its order, up to the last one, save for the few that a browser may leave out.
+
+    Where the player ran dry, the browser may begin again with the last frames that it had.
+    """
     codes = sight.codes
-    assert codes == sorted(set(codes)), "a frame came too early, too late or twice"
+    back = [before - after for before, after in itertools.pairwise(codes) if after < before]
+    assert len(back) <= len(sight.waits) and max(back, default=0) <= SHOWN_AGAIN, f"frames in a wrong order: {codes}"
     assert codes[-1] == num_frames - 1
     missing = sorted(set(range(num_frames)) - set(codes))
-    in_time(sight.presented >= share * num_frames, f"not seen: {missing}")
+    twice = sum(back) + len(back)
+    in_time(sight.presented - twice >= share * num_frames, f"not seen: {missing}")
 
 
 def assert_begins(sight: Sight) -> None:
