@@ -3,7 +3,7 @@
 #   OUT=folder scripts/ablation_on_gpu.sh
 # Needs the clips and, later, the base of train_on_gpu.sh, and a core for each run. Leaves ablation/ and ode/ in $OUT:
 # with the first as runs/ablation and the second as training/cache/ode beside a data set, `python -m training.ablation`
-# with the same --clock, --prompts and --seeds writes the report. Exits with 1 if a part failed.
+# with the same --clock, --prompts, --seeds and --set writes the report. Exits with 1 if a part failed.
 set -euo pipefail
 : "${OUT:?is empty, but must be a folder}" "${PYTHON:=python3}" "${CACHE:=training/cache}" "${RUNS:=runs/ablation}"
 : "${SHORT_STEPS:=350}" "${SHORT_BATCH:=96}" "${PAIRS:=10}" "${PAIRS_BATCH:=96}" "${ODE_MINUTES:=0.4}" "${CLOCK:=2.5}" "${BATCH:=64}"
@@ -20,11 +20,11 @@ wait_for() { # for what another program makes, but not for ever
 
 collect() { # also when time is over
     mkdir -p "$OUT/ablation" "$OUT/ode"
-    cp -r "$RUNS"/scores "$RUNS"/*.json "$RUNS"/*.npz "$OUT/ablation/" || true
+    cp -r "$RUNS"/*.json "$RUNS"/*.npz "$OUT/ablation/" || true
     for run in "$RUNS"/*-[0-9]*/; do
         [ -e "$run/settings.json" ] || continue
         mkdir -p "$OUT/ablation/$(basename "$run")"
-        cp "$run/settings.json" "$OUT/ablation/$(basename "$run")/" || true
+        cp "$run"/settings.json "$run"/scores*.json "$OUT/ablation/$(basename "$run")/" || true
     done
     cp -r "$CACHE/ode/settings.json" "$CACHE/ode/transformer" "$OUT/ode/" || true
 }

@@ -17,10 +17,10 @@ from tests.test_train_tools import toml_lines
 from tests.training_world import SIZES, make_world, stage_settings
 from training import ablation
 from training.ablation_report import as_table, verdicts, write_report
-from training.ablation_scores import Seen, make_template, summary, windows_at
+from training.ablation_scores import Seen, make_template, model_folder, summary, windows_at
 from training.asked import plan_prompts
 from training.compare import BEGIN, END
-from training.curves import Panel, draw
+from training.curves import COLOURS, Panel, draw
 from training.filming import film_together, make_videos
 from training.judge import save_judge
 from training.pca import PatchPCA
@@ -163,30 +163,66 @@ def test_steps_follow_from_what_they_cost(world: Path, tmp_path: Path, monkeypat
         ablation.Ablation(ablation.parse([*given, "--minutes", "20"])).plan()
 
 
-def test_runs_of_the_comparison_are_taken_if_they_are_the_same(
+def test_a_finished_run_with_other_settings_is_not_taken(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compared, out = tmp_path / "compare", tmp_path / "out"
-    settings = as_plain(stage_settings("sid", world, compared / "sid-3", run__batch=2, run__seed=3))
-    settings["network"]["init"] = str(world / "ode")
-    settings["score"]["teacher"]["init"] = str(world)
-    (compared / "sid-3").mkdir(parents=True)
-    (compared / "sid-3" / "settings.json").write_text(json.dumps({"stage": "sid", "settings": settings}))
-    given = arguments(world, out, "--steps", "2", "--methods", "sid", "--reuse", str(compared))
-    assert ablation.main(given) == 2 and "with its minutes" in capsys.readouterr().err
-    (compared / "sid-3-minutes.json").write_text("12.5")
+    given = arguments(world, tmp_path / "out", "--steps", "2", "--methods", "teacher")
     study = ablation.Ablation(ablation.parse(given))
-    study.plan()
-    assert study.train("sid", 3, 2) == (compared / "sid-3", 12.5)
-    settings["alpha"] = 0.5
-    (compared / "sid-3" / "settings.json").write_text(json.dumps({"stage": "sid", "settings": settings}))
-    with pytest.raises(ablation.TrainingError, match=r"other settings: alpha was 0\.5 and is now 1\.0"):
-        study.train("sid", 3, 2)
+    run = tmp_path / "out" / "teacher-3"
+    settings = load_settings(
+        STAGES["causal"].settings_kind, study.settings("teacher"), study.changes("teacher", 3, 2, run)
+    )
+    run.mkdir()
+    (run / "settings.json").write_text(json.dumps({"stage": "causal", "settings": as_plain(settings)}))
+    assert study.train("teacher", 3, 2) == (run, 0.0)
+    assert ablation.main([*given, "--set", "optimizer.rate=0.5"]) == 2
+    assert "trained with other settings: optimizer.rate was" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablation.main(["--ode", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no finished ODE regression" in capsys.readouterr().err
+def test_the_time_of_a_run_that_was_broken_off_counts(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((10.0, 13.0, 20.0, 21.5))
+    monkeypatch.setattr(ablation, "children_minutes", lambda: next(clock))
+
+    def fails(*_: object) -> float:
+        raise ablation.TrainingError("it was broken off")
+
+    monkeypatch.setattr(ablation, "launch", fails)
+    study = ablation.Ablation(ablation.parse(arguments(world, tmp_path / "out", "--steps", "2")))
+    for taken in (3.0, 4.5):
+        with pytest.raises(ablation.TrainingError, match="broken off"):
+            study.train("teacher", 3, 2)
+        assert json.loads((tmp_path / "out" / "teacher-3-minutes.json").read_text()) == taken
+
+
+def test_teacher_forcing_is_judged_on_the_context_it_learnt_from(world: Path, tmp_path: Path) -> None:
+    template = make_template(world / "ode", world, tmp_path / "model")
+    index = json.loads((template / "model_index.json").read_text())
+    index["settings"]["context_noise"] = 100.0
+    (template / "model_index.json").write_text(json.dumps(index))
+    for clean, noise in ((False, 100.0), (True, 0.0)):
+        folder = model_folder(world / "ode", template, tmp_path / "copy", 16, clean)
+        settings = json.loads((folder / "model_index.json").read_text())["settings"]
+        assert settings["context_noise"] == noise and len(settings["denoising_steps"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--ode", "settings.json is missing: run python -m training ode first"),
+        ("--pairs", "is missing: run python -m training ode_pairs first"),
+        ("--data", "latents.npy is missing: run python -m training.data first"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_trained(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, said: str
+) -> None:
+    assert ablation.main([*arguments(world, tmp_path / "out"), option, str(tmp_path / "nothing")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(SystemExit):
         ablation.main(["--seconds", "20", "5"])
     for wrong in (["--clock", "3", "--quick"], ["--clock", "3", "--steps", "2"], ["--part"], ["--methods"]):
@@ -225,10 +261,15 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         "Real clips": {0: scores(1.0, 0.1)},
     }
     lines = verdicts(results)
-    assert lines[0] == (
+    assert lines[1] == (
         "* Self-Forcing, DMD, quality at 5 s: better than Teacher forcing; undecided against ODE regression."
     )
-    assert lines[2].endswith("distance at 5 s: worse than Teacher forcing, ODE regression.")
+    by_measure = {line.split(",")[2].split(" at ")[0].strip(): line for line in lines}
+    assert by_measure["distance"].endswith("at 5 s: worse than Teacher forcing, ODE regression.")
+    assert by_measure["motion"].endswith("undecided against Teacher forcing, ODE regression.")
+    for order in ((0, 1), (1, 0)):  # what could not be measured says nothing, whichever seed it is
+        unknown = dict(zip(order, (scores(math.nan), scores(0.1)), strict=True))
+        assert "undecided against Teacher forcing" in verdicts({**results, "Teacher forcing": unknown})[1]
     row = as_table(results).splitlines()[2]
     assert row == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
@@ -238,6 +279,15 @@ def test_report_says_what_held(tmp_path: Path) -> None:
     document.write_text("no place")
     with pytest.raises(ablation.TrainingError, match="has no place"):
         write_report(document, results, ablation.parse([]))
+
+
+def test_all_curves_of_a_whole_ablation_have_colours_of_their_own() -> None:
+    names = [
+        method.label + more
+        for method in ablation.METHODS.values()
+        for more in ("", ", 16 steps")[: 1 + bool(method.many_steps)]
+    ]
+    assert len(set(COLOURS)) == len(COLOURS) >= len([*names, "Real clips"])
 
 
 def test_curves_have_gaps_where_nothing_was_measured() -> None:

@@ -36,13 +36,14 @@ from training.ablation_scores import (
     summary,
 )
 from training.asked import plan_prompts
-from training.checkpoints import SETTINGS_FILE, newest_checkpoint
+from training.checkpoints import SETTINGS_FILE, newest_checkpoint, what_is_learnt
 from training.files import write_whole
 from training.judge import SHIPPED, load_judge
-from training.launching import launch, value
+from training.launching import children_minutes, launch, value
 from training.report import rounded
 from training.settings_file import as_plain, first_difference, load_settings
 from training.stages import STAGES
+from training.videos import LATENTS_FILE
 from training.world import FPS
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,10 @@ CALIBRATION_STEPS = (2, 6)
 FPS_SECONDS = 5.0
 MANY_STEPS = 10**7
 """What a run that ends by the clock has for `run.steps`."""
-BUDGET_TOLERANCE = 0.15
-"""By how much of the budget a run that is taken from elsewhere may be cheaper or dearer."""
 
-# Whole windows only: the network has been through the shorter ones when it comes here.
-_WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "optimizer.average_decay=0.98")
+# Whole windows only, for the network has been through the shorter ones when it comes here; and only from a clip's
+# beginning, as the rollouts of the others are.
+_WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "clips.later_windows=0", "optimizer.average_decay=0.98")
 
 # The paper's own: rollouts as long as the clips. It also makes them those of the GAN, whose real clips are no longer.
 _SHORT_ROLLOUTS = ("rollout.long_share=0",)
@@ -70,6 +70,7 @@ class Method:
     Attributes:
         from_ode: begins where ODE regression ended; what that cost is part of its budget.
         many_steps: it learnt no few-step sampling, so it is also judged with that many steps; 0: it is not.
+        clean_context: it learnt from finished blocks without noise, so that is what it gets when it is judged.
     """
 
     label: str
@@ -77,10 +78,17 @@ class Method:
     changes: tuple[str, ...] = ()
     from_ode: bool = False
     many_steps: int = 0
+    clean_context: bool = False
 
 
 METHODS = {
-    "teacher": Method("Teacher forcing", "causal", (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"), many_steps=16),
+    "teacher": Method(
+        "Teacher forcing",
+        "causal",
+        (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"),
+        many_steps=16,
+        clean_context=True,
+    ),
     "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, "forcing=diffusion"), many_steps=16),
     "ode": Method("ODE regression", "ode"),
     "dmd": Method("Self-Forcing, DMD", "dmd", _SHORT_ROLLOUTS, from_ode=True),
@@ -96,15 +104,31 @@ class Ablation:
         self.options = options
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
-        if not (options.ode / SETTINGS_FILE).is_file():
-            raise WeightsError(
-                f"{options.ode} holds no finished ODE regression: run python -m training ode "
-                f"{options.configs / 'embedded_ode.toml'} first, as docs/ablation.md says."
-            )
+        self.check_folders()
         check_device(options.device)
         self.probe = load_judge(options.probe).probe
         self.prompts = plan_prompts(options.prompts, EVALUATION_SEED)
         self.template = make_template(options.ode, options.data, self.out / "template")
+
+    def check_folders(self) -> None:
+        """Hours may pass before the last of them is needed.
+
+        Raises:
+            WeightsError: naming the first that is missing, and what makes it.
+        """
+        options = self.options
+        needed = {
+            options.data / LATENTS_FILE: "python -m training.data",
+            options.data / "vae": "python -m training.decoders --kind wan",
+            options.data / "taehv": "python -m training.decoders --kind taehv",
+            options.start: "python -m training causal",
+            options.teacher: "python -m training causal",
+            options.pairs: "python -m training ode_pairs",
+            options.ode / SETTINGS_FILE: "python -m training ode",
+        }
+        for path, command in needed.items():
+            if not path.exists():
+                raise WeightsError(f"{path} is missing: run {command} first, as docs/ablation.md says.")
 
     def run(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Label of a method -> seed -> scores, in the order of `METHODS`."""
@@ -118,7 +142,7 @@ class Ablation:
                 spent["steps"] = self.finished_steps(run)
                 for steps in self.samplings(method):
                     label = method.label + (f", {steps} steps" if steps else "")
-                    results.setdefault(label, {})[seed] = spent | self.judge(run, steps)
+                    results.setdefault(label, {})[seed] = spent | self.judge(run, steps, method.clean_context)
                     if not self.options.part:
                         results[label][seed]["fps"] = self.fps(steps)
         real = self.real  # a part without methods makes it for the others
@@ -236,45 +260,33 @@ class Ablation:
         return [*changes, *options.set]
 
     def train(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
-        """The folder of a finished run, and the minutes it took over all its starts: of the processor or the clock."""
-        run, spent = self.out / f"{name}-{seed}", self.out / f"{name}-{seed}-minutes.json"
-        if self.options.reuse is not None and METHODS[name].from_ode:
-            return self.reused(name, seed, steps)
-        taken = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
-        if not (run / SETTINGS_FILE).is_file():
-            logger.info("%s, seed %d: %d steps", METHODS[name].label, seed, steps)
-            changes = self.changes(name, seed, steps, run)
-            taken += launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
-            if self.options.clock is not None:
-                taken = self.clock_minutes(METHODS[name])
-            write_whole(spent, json.dumps(taken))
-            write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(self.finished_steps(run)))
-        return run, taken
-
-    def reused(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
-        """A run of `training.compare`, if it was made as this ablation would have made it.
+        """The folder of a finished run, and the minutes it took over all its starts: of the processor or the clock.
 
         Raises:
-            WeightsError: there is none. TrainingError: it had other settings or another budget.
+            TrainingError: it failed, or the folder holds a run with other settings.
         """
-        run: Path = self.options.reuse / f"{name}-{seed}"
+        run, spent = self.out / f"{name}-{seed}", self.out / f"{name}-{seed}-minutes.json"
+        taken = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
+        changes = self.changes(name, seed, steps, run)
+        if (run / SETTINGS_FILE).is_file():
+            kind = STAGES[METHODS[name].stage].settings_kind
+            ours = {"settings": as_plain(load_settings(kind, self.settings(name), changes))}
+            saved = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))
+            if difference := first_difference(what_is_learnt(saved), what_is_learnt(ours)):
+                raise TrainingError(f"{run} was trained with other settings: {difference}. Take another --out.")
+            return run, taken
+        logger.info("%s, seed %d: %d steps", METHODS[name].label, seed, steps)
+        before = children_minutes()
         try:
-            saved = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
-            minutes = json.loads(run.with_name(f"{run.name}-minutes.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"{run} holds no finished run of training.compare with its minutes.") from error
-        kind = STAGES[METHODS[name].stage].settings_kind
-        ours = as_plain(load_settings(kind, self.settings(name), self.changes(name, seed, steps, run)))
-        for described in (saved, ours):
-            described["run"] = {key: described["run"][key] for key in ("seed", "batch", "precision")}
-        if difference := first_difference(saved, ours):
-            raise TrainingError(f"{run} was trained with other settings: {difference}. Leave out --reuse.")
-        planned = steps * json.loads((self.out / "plan.json").read_text())["costs"].get(name, 0.0)
-        if planned and abs(minutes - planned) > BUDGET_TOLERANCE * planned:
-            raise TrainingError(
-                f"{run} took {minutes:.1f} processor minutes, but {planned:.1f} are left for it: change --minutes."
-            )
-        return run, minutes
+            launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
+        finally:  # a run that was broken off has used them, too
+            taken += children_minutes() - before
+            write_whole(spent, json.dumps(taken))
+        if self.options.clock is not None:
+            taken = self.clock_minutes(METHODS[name])
+            write_whole(spent, json.dumps(taken))
+        write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(self.finished_steps(run)))
+        return run, taken
 
     def finished_steps(self, run: Path) -> int:
         """Steps of a finished run, which time may have ended before its settings did."""
@@ -309,14 +321,14 @@ class Ablation:
             path.write_text(json.dumps(speed(folder, self.prompts[0], min(FPS_SECONDS, self.options.seconds[-1]))))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def judge(self, run: Path, steps: int | None) -> dict[str, Any]:
-        """Scores of a run, remembered in a file."""
+    def judge(self, run: Path, steps: int | None, clean_context: bool) -> dict[str, Any]:
+        """Scores of a run, remembered in a file in its folder: they go when it goes."""
         options = self.options
-        name = f"{run.name}{f'-{steps}steps' if steps else ''}"
-        path = self.out / "scores" / f"{name}-{self.asked}.json"
+        sampled = f"-{steps}steps" if steps else ""
+        path = run / f"scores{sampled}-{self.asked}.json"
         if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            folder = model_folder(run, self.template, self.out / "models" / name, steps)
+            folder = self.out / "models" / f"{run.name}{sampled}"
+            model_folder(run, self.template, folder, steps, clean_context)
             scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.device)
             shutil.rmtree(folder)
             partial = path.with_suffix(".partial")
@@ -360,7 +372,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[5.0, 20.0, 60.0], help="where videos are looked at"
     )
-    parser.add_argument("--reuse", type=Path, help="folder of training.compare: its runs of DMD, SiD and GAN are taken")
     parser.add_argument(
         "--quick", action="store_true", help="4 steps, one seed, 2 prompts of 5 s, into a folder of its own"
     )
@@ -368,8 +379,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if sorted(set(options.seconds)) != options.seconds or not 2 <= options.seconds[0] <= options.seconds[-1] <= 600:
         parser.error("--seconds must rise, from at least 2 to at most 600")
-    if options.clock is not None and (options.steps is not None or options.quick or options.reuse is not None):
-        parser.error("--clock does not go with --steps, --quick or --reuse")
+    if options.clock is not None and (options.steps is not None or options.quick):
+        parser.error("--clock does not go with --steps or --quick")
     if options.part and options.clock is None and options.steps is None:
         parser.error("--part needs --clock or --steps: parts that are made at once cannot measure what a step costs")
     if not options.methods and not options.part:

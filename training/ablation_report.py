@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.machine import processor_name
 from pipeline.errors import TrainingError
 from training.compare import BEGIN, END, put_into
 from training.curves import Panel, draw
@@ -18,6 +21,13 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 PICTURE = "images/ablation.svg"
 MEASURES = {"following": "prompt following", "quality": "quality", "motion": "motion", "distance": "distance"}
+BETTER: dict[str, Callable[[float], float]] = {
+    "following": lambda value: value,
+    "quality": lambda value: value,
+    "motion": lambda value: -abs(value - 1),
+    "distance": lambda value: -value,
+}
+"""What grows as a measure gets better: more of it, as much motion as in real clips, less distance from them."""
 PANELS = {
     "quality": "Quality, of 1",
     "following": "Prompt following, of 1",
@@ -53,15 +63,17 @@ def verdicts(results: Results) -> list[str]:
 
     def values(label: str, measure: str) -> list[float]:
         found = [scores["at"][last][measure] for scores in results[label].values()]
-        return [math.nan if value is None else value for value in found]
+        return [math.nan if value is None else BETTER[measure](value) for value in found]
 
     lines = []
     for label in selves:
-        for measure, sign in (("quality", 1), ("following", 1), ("distance", -1)):
-            ours = [sign * value for value in values(label, measure)]
+        for measure in BETTER:
+            ours = values(label, measure)
             better, worse = [], []
             for other in others:
-                theirs = [sign * value for value in values(other, measure)]
+                theirs = values(other, measure)
+                if not all(math.isfinite(value) for value in (*ours, *theirs)):
+                    continue
                 if min(ours) > max(theirs):
                     better.append(other)
                 elif max(ours) < min(theirs):
@@ -89,6 +101,15 @@ def panels(results: Results) -> tuple[list[Panel], list[float]]:
     return cut, next(iter(next(iter(results.values())).values()))["seconds"][:shortest]
 
 
+def _made_with(options: argparse.Namespace) -> str:
+    """What a reader needs to make it again."""
+    changed = " ".join(f"`{change}`" for change in options.set)
+    return (
+        f"Settings that differ from the files, besides those below: {changed or 'none'}. "
+        f"{processor_name()}, torch {torch.__version__}."
+    )
+
+
 def write_report(document: Path, results: Results, options: argparse.Namespace) -> None:
     """Put table, verdicts and curves into the document; a document that does not exist is begun.
 
@@ -103,7 +124,8 @@ def write_report(document: Path, results: Results, options: argparse.Namespace) 
         budget = f"{options.steps} steps"
     spread = mean_of(len(seeds) for label, seeds in results.items() if label != REAL)
     text = (
-        f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all.\n\n"
+        f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all. {_made_with(options)}"
+        "\n\n"
         f"{as_table(results)}\n\n![Curves by second]({PICTURE})\n\n" + "\n".join(verdicts(results))
     )
     try:

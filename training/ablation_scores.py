@@ -45,20 +45,25 @@ class Seen:
     features: dict[float, Array]
 
 
-def model_folder(run: Path, template: Path, folder: Path, steps: int | None = None) -> Path:
+def model_folder(
+    run: Path, template: Path, folder: Path, steps: int | None = None, clean_context: bool = False
+) -> Path:
     """Put a run's network into a copy of the template's model folder; returns the copy.
 
     Args:
         steps: denoising steps to sample with, evenly spaced; None: those of the template.
+        clean_context: finished blocks are context without noise; otherwise with the template's.
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
     shutil.rmtree(folder / "transformer")
     load_network(NetworkSettings(init=str(run))).half().save_pretrained(folder / "transformer")
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     if steps is not None:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         index["settings"]["denoising_steps"] = [1000 * (steps - step) / steps for step in range(steps)]
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if clean_context:
+        index["settings"]["context_noise"] = 0.0
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return folder
 
 

@@ -61,7 +61,7 @@ def check_continues(path: Path, described: Mapping[str, Any], what: str) -> None
         saved = json.loads(path.read_text(encoding="utf-8"))
         was = {"stage": saved.get("stage", described["stage"])}
         difference = first_difference(was, {"stage": described["stage"]})
-        difference = difference or first_difference(_fixed(saved), _fixed(described))
+        difference = difference or first_difference(what_is_learnt(saved), what_is_learnt(described))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{what} is damaged ({path.name} cannot be read): delete it.") from error
     if difference:
@@ -159,7 +159,8 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _fixed(described: Mapping[str, Any]) -> dict[str, Any]:
+def what_is_learnt(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a settings file's content that make one run another than the next."""
     return {
         section: {name: entry for name, entry in value.items() if name not in MAY_CHANGE.get(section, ())}
         if isinstance(value, dict)

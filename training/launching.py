@@ -22,16 +22,16 @@ def launch(stage: str, settings: Path, overrides: Sequence[str], processes: int 
     """
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(several if processes > 1 else []), "-m", "training", stage, str(settings), *overrides]
-    before = _children()
+    before = children_minutes()
     failed = subprocess.run(command, check=False).returncode
     if failed:
         raise TrainingError(
             f"The stage {stage} failed; what it said stands above. What it saved is continued next time."
         )
-    return _children() - before
+    return children_minutes() - before
 
 
-def _children() -> float:
+def children_minutes() -> float:
     """Processor minutes of all programs that this one started and that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (usage.ru_utime + usage.ru_stime) / 60
