@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError
-from training.compare import BEGIN, END, put_into
 from training.curves import Panel, draw
+from training.document import BEGIN, END, put_into
 from training.drift import mean_of
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
