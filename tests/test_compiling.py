@@ -24,8 +24,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 import app
-from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache
-from pipeline import generator as generator_module
+from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache, compiled_runs
 from pipeline.blocks import FrameBlock
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
 from pipeline.errors import OptionUnavailable
@@ -96,7 +95,7 @@ def backend() -> Counted:
 @pytest.fixture
 def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
     pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-    pipe.waits_for_compile = False
+    pipe.compiled.waits = False
     use(pipe, backend)
     yield pipe
     backend.going.set()
@@ -104,8 +103,8 @@ def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
 
 
 def use(pipe: SelfForcingPipeline, backend: Counted) -> None:
-    pipe.compiler.backend = backend
-    for piece in pipe._decoder_steps.values():
+    pipe.compiled.compiler.backend = backend
+    for piece in pipe.compiled.decoder_steps.values():
         piece.backend = backend
 
 
@@ -125,7 +124,7 @@ def alike(frames: np.ndarray, plain: np.ndarray) -> bool:
 
 
 def finish(pipe: SelfForcingPipeline) -> None:
-    pipe.compiler.wait(lambda: None)
+    pipe.compiled.compiler.wait(lambda: None)
 
 
 # ---- pieces
@@ -193,7 +192,7 @@ def test_a_run_is_plain_and_says_so_until_everything_is_compiled(pipe: SelfForci
     for piece in pipe._transformer.pieces(False):
         piece.plain = None
     assert alike(made(pipe)[0], plain)
-    pipe._decoder_steps[False].plain = None
+    pipe.compiled.decoder_steps[False].plain = None
     with pytest.raises(TypeError):
         made(pipe)
 
@@ -271,7 +270,7 @@ def test_what_was_withdrawn_is_compiled_when_it_comes_again(pipe: SelfForcingPip
     made(pipe)
     wait_until(lambda: backend.threads)
     with ThreadPoolExecutor(1) as other:
-        withdrawn = other.submit(pipe.compiler.withdraw, pipe._transformer.pieces(False), lambda: None)
+        withdrawn = other.submit(pipe.compiled.compiler.withdraw, pipe._transformer.pieces(False), lambda: None)
         backend.going.set()
         withdrawn.result(timeout=60)
     finish(pipe)
@@ -328,7 +327,7 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
     backend: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
     pipe = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, frames_per_block=1), device="cpu")
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     use(pipe, backend)
     learnt = pipe.learning_request(request())
     assert pipe.plan(learnt).num_blocks == 4
@@ -338,7 +337,7 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
     pipe.generate(learnt)
     finish(pipe)
     assert pipe.compile_state(request()).state == "ready"
-    monkeypatch.setattr(generator_module, "LEARNING_LATENTS", 3)
+    monkeypatch.setattr(compiled_runs, "LEARNING_LATENTS", 3)
     pipe = SelfForcingPipeline.from_pretrained(tmp_path, device="cpu")
     use(pipe, backend)
     with pytest.raises(OptionUnavailable, match=r"no further than 6 of 6 parts"):
@@ -347,12 +346,12 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
 
 def test_who_waits_gets_compiled_code_in_the_first_run(pipe: SelfForcingPipeline, backend: Counted) -> None:
     heard: list[CompileState] = []
-    pipe.waits_for_compile, pipe.on_compiling = True, heard.append
+    pipe.compiled.waits, pipe.compiled.on_progress = True, heard.append
     plain, _ = made(pipe, seconds=1, compile=False)
     frames, said = made(pipe, seconds=1)
     assert said == "on" and alike(frames, plain)
     assert backend.compilations == 2 * PIECES + 1
-    assert heard[-1].state == "ready" and pipe.waits_for_compile
+    assert heard[-1].state == "ready" and pipe.compiled.waits
     shares = [state.done for state in heard]
     assert shares == sorted(shares)
 
@@ -363,7 +362,7 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
 ) -> None:
     plain, _ = made(pipe, compile=False)
     backend.error = RuntimeError("no such instruction")
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     if waits:
         with pytest.raises(OptionUnavailable, match=r"torch\.compile failed on this machine"):
             made(pipe)
@@ -383,7 +382,7 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
 def test_a_want_of_memory_may_pass(pipe: SelfForcingPipeline, backend: Counted, waits: bool, error: Exception) -> None:
     plain, _ = made(pipe, compile=False)
     backend.error = error
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     for attempts in (1, 2):
         if waits:
             with pytest.raises(OptionUnavailable, match="too little memory"):
@@ -447,7 +446,7 @@ def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> Non
 def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: Counted) -> None:
     def load() -> SelfForcingPipeline:
         pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-        pipe.waits_for_compile = False
+        pipe.compiled.waits = False
         use(pipe, backend)
         return pipe
 
