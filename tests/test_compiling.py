@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 import app
 from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache, compiled_runs
 from pipeline.blocks import FrameBlock
+from pipeline.compile_cache_room import make_room
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
 from pipeline.errors import OptionUnavailable
 from pipeline.rotary import apply_rotary
@@ -657,6 +659,82 @@ def test_without_a_place_for_it_torch_takes_its_own(no_cache: Path) -> None:
     compile_cache.use()
     assert compile_cache.TORCH_VARIABLE not in os.environ
     assert compile_cache.size() == 0
+
+
+DAY = 24 * 3600.0
+
+
+def put(path: Path, size: int, days: float) -> Path:
+    """A file that was used so many days ago; it was written earlier."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - days * DAY, time.time() - 100 * DAY))
+    return path
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    old = [put(tmp_path / "ab" / name, 50, 30) for name in ("cabc.main.cpp", "cabc.main.so")]
+    # What belongs to something that is used is used.
+    used = [put(tmp_path / "ab" / "cabd.main.cpp", 50, 40), put(tmp_path / "ab" / "cabd.main.so", 50, 10)]
+    header, precompiled = put(tmp_path / "headers" / "c1.h", 10, 50), put(tmp_path / "headers" / "c1.h.gch", 500, 20)
+    lock = put(tmp_path / "locks" / "cabc.lock", 0, 60)
+    assert make_room(tmp_path, 700) == 0 and all(path.exists() for path in old)
+    assert make_room(tmp_path, 699) == 100
+    assert not any(path.exists() for path in old) and all(path.exists() for path in (*used, header, precompiled))
+    assert make_room(tmp_path, 150) == 500
+    assert not precompiled.exists() and all(path.exists() for path in (*used, header, lock))
+
+
+def test_a_kernel_of_triton_goes_as_a_whole(tmp_path: Path) -> None:
+    kernels = tmp_path / "triton" / "0"
+    for name, days in (("old", 20), ("used", 3)):
+        put(kernels / name / "k.cubin", 100, 30)
+        put(kernels / name / "k.json", 100, days)
+        put(kernels / name / "__grp__k.json", 100, 30)
+    assert make_room(tmp_path, 599) == 300
+    assert [path.name for path in kernels.iterdir()] == ["used"] and len(list((kernels / "used").iterdir())) == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "triton"], "nothing is left on the way"
+
+
+def test_what_may_be_in_use_stays(tmp_path: Path) -> None:
+    young = [put(tmp_path / "ab" / f"c{number}.so", 100, number) for number in (0, 1)]
+    assert make_room(tmp_path, 0) == 0 and all(path.exists() for path in young)
+    written = put(tmp_path / "ab" / "c3.so", 100, 30)
+    os.utime(written, (time.time() - 30 * DAY, time.time()))  # where no reading is noted
+    assert make_room(tmp_path, 0) == 0 and written.exists()
+    assert make_room(tmp_path, 0, spared_seconds=0.5 * DAY) == 100 and not young[1].exists()
+
+
+def test_making_room_touches_nothing_outside_and_minds_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, outside = tmp_path / "cache", put(tmp_path / "outside" / "c0.so", 100, 30)
+    stuck, other = put(cache / "ab" / "c1.so", 100, 30), put(cache / "ab" / "c2.so", 100, 20)
+    (cache / "link").symlink_to(outside.parent)
+    (cache / "ab" / "c3.so").symlink_to(outside)
+    unlink = Path.unlink
+
+    def fail_for_one(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck:
+            raise PermissionError(errno.EACCES, "in use")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail_for_one)
+    assert make_room(cache, 150) == 100 and stuck.exists() and not other.exists() and outside.exists()
+    assert make_room(tmp_path / "nowhere", 0) == 0
+
+
+def test_room_is_made_once_and_only_where_this_program_keeps_its_code(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(compile_cache, "make_room", lambda folder: asked.append(folder) or 0)
+    compile_cache.use()
+    compile_cache.use()
+    assert asked == [no_cache]
+    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, str(no_cache.parent / "chosen"))
+    compile_cache.use()
+    assert asked == [no_cache], "whoever chose another folder looks after it"
 
 
 COMPILES = """
