@@ -148,7 +148,7 @@ def events_of(order: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if order.get("compile"):
         compiled = replace(request, compile=True)
         began = time.perf_counter()
-        pipeline._compile_now(compiled)
+        pipeline.compiled.complete(compiled, pipeline.stream)
         took = time.perf_counter() - began
         yield {"event": _COMPILED, "seconds": took, "compilations": pipeline.compile_state(compiled).done}
 

@@ -11,6 +11,7 @@ from benchmarks.results import FOLDER, NAMES, as_tables, read_all
 from pipeline.cli import EXIT_BAD_INPUT, SentenceParser, say
 from pipeline.errors import InvalidRequest, SelfForcingError
 from training.curves import Panel, draw
+from training.document import put_into
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -51,7 +52,7 @@ def write_report(results: Path, document: Path) -> str:
             picture.parent.mkdir(parents=True, exist_ok=True)
             picture.write_text(draw(*panels, "latent frames"), encoding="utf-8")
             text += f"\n\n![Time of a block by the length of the video]({PICTURE.as_posix()})"
-        replace_between(document, MARKS, text)
+        put_into(document, text, *MARKS)
     except OSError as error:
         raise InvalidRequest(f"{document} cannot be written ({error.strerror}).") from error
     return f"{len(found)} results are now in {document}."
@@ -106,20 +107,6 @@ def curves(results: Sequence[Mapping[str, Any]]) -> tuple[list[Panel], list[floa
             title = f"Transformer, milliseconds a block: {result['model']['name']}"
             return [Panel(title, series)], measured["latent_frames"]
     return None
-
-
-def replace_between(document: Path, marks: tuple[str, str], text: str) -> None:
-    """Replace what stands between two lines of a document.
-
-    Raises:
-        InvalidRequest: they are not there.
-        OSError: it cannot be read or written.
-    """
-    before, begin, rest = document.read_text(encoding="utf-8").partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not begin or not end:
-        raise InvalidRequest(f"{document} has no place for the results: the lines {' and '.join(marks)} are missing.")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -398,8 +398,8 @@ def tell_compiling(pipeline: StreamingPipeline, bar: Any) -> None:
         left = "" if state.seconds_left is None else f", about {state.seconds_left:.0f} s left"
         bar.set_description(f"torch.compile: {state.done} of {state.total}{left}")
 
-    if hasattr(pipeline, "on_compiling"):
-        cast(Any, pipeline).on_compiling = tell
+    if hasattr(pipeline, "compiled"):
+        cast(Any, pipeline).compiled.on_progress = tell
 
 
 def progress_bar() -> Any:

@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from pipeline.compile_cache_room import make_room
+
 logger = logging.getLogger(__name__)
 
 TORCH_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -41,7 +43,10 @@ def _is_torchs_own(chosen: str) -> bool:
 
 
 def use() -> None:
-    """Have torch's compiler use `folder`, if nobody has chosen another one and it can be written to."""
+    """Have torch's compiler use `folder`, if nobody has chosen another one and it can be written to.
+
+    The first time in a process, what was not used for long is removed from it if there is too much.
+    """
     global _own
     chosen = folder()
     if os.environ.get(TORCH_VARIABLE) == str(chosen):
@@ -55,6 +60,8 @@ def use() -> None:
         return
     os.environ[TORCH_VARIABLE] = str(chosen)
     _own = chosen
+    if removed := make_room(chosen):
+        logger.info("Removed %.0f MB of compiled code that was not used for long from %s", removed / 1e6, chosen)
 
 
 def give_up() -> bool:

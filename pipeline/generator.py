@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,14 @@ from pipeline.assembly import load_parts
 from pipeline.attention_backends import AttentionChoice
 from pipeline.blocks import FrameBlock, GeneratedVideo, RunInfo
 from pipeline.cache import CacheWindow, KVCache
-from pipeline.compiling import CompileState, Piece
+from pipeline.compiled_runs import CompiledRuns, telling_compile_failures
+from pipeline.compiling import CompileState
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, to_uint8
 from pipeline.enhance import Enhancer
-from pipeline.errors import NonFiniteOutput, OptionUnavailable, SelfForcingError
-from pipeline.options import TransformerOptions, compile_failure, unavailable_options
+from pipeline.errors import NonFiniteOutput, SelfForcingError
+from pipeline.options import TransformerOptions, unavailable_options
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
 from pipeline.rotary import to_device
@@ -34,10 +33,6 @@ from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 
 WARM_UP_SECONDS = 10.0
-LEARNING_BLOCKS, LEARNING_LATENTS = 3, 4
-"""Length at least of a clip that shows all kinds of calls twice in a row, see `compiling.Piece`. TAEHV, which decodes a
-block at a time, has a full memory from the second one on; the Wan VAE, which decodes a latent frame at a time, from the
-third on."""
 
 
 class SelfForcingPipeline:
@@ -98,14 +93,7 @@ class SelfForcingPipeline:
         self._first_steps = None if first is None else DenoisingSteps.from_schedule(schedule, first)
         self._cache: KVCache | None = None
         self._stream_number = 0
-        self.compiler = transformer.compiler
-        self._decoder_steps = {
-            taehv: Piece(decoder.plain_step, self.compiler) for taehv, decoder in self._decoders.items()
-        }
-        self.waits_for_compile = True
-        """Whether a run with `compile` waits until everything is compiled; otherwise it is uncompiled until then."""
-        self.on_compiling: Callable[[CompileState], object] = lambda state: None
-        """Told again and again, on the model thread, how far that is."""
+        self.compiled = CompiledRuns(spec, transformer, self._decoders)
 
     @classmethod
     def from_pretrained(
@@ -143,11 +131,14 @@ class SelfForcingPipeline:
 
     def plan(self, request: GenerationRequest) -> RunInfo:
         """What a request comes to: the seed is drawn, the length rounded to whole blocks. Touches nothing."""
+        self._check(request)
         return self._plan(request, self.compile_state(request))
 
-    def _plan(self, request: GenerationRequest, compiled: CompileState) -> RunInfo:
+    def _check(self, request: GenerationRequest) -> None:
         check_available(request, self.unavailable_options())
         self.spec.check_start(request.start)
+
+    def _plan(self, request: GenerationRequest, compiled: CompileState) -> RunInfo:
         fps = float(self.spec.fps if request.fps is None else request.fps)
         num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
         dtype, fp8 = str(self._transformer.dtype).removeprefix("torch."), self._transformer.fp8_form
@@ -162,7 +153,7 @@ class SelfForcingPipeline:
                 "precision": fp8.precision(self._transformer.dtype) if request.fp8 else dtype,
                 "attention": self.attention.title,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
-                "compile": self._compile_applied(request, compiled) if request.compile else "off",
+                "compile": self.compiled.applied(request, compiled),
                 **self.placement.applied(),
             },
             model=self.spec.name,
@@ -182,11 +173,8 @@ class SelfForcingPipeline:
             Cancelled, DeadlineExceeded: from `control.checkpoint`, at any denoising step.
         """
         began = time.perf_counter()
-        if request.compile:
-            self.compiler.try_again()
-            if self.waits_for_compile:
-                self._compile_now(request)
-        compiled = self.compile_state(request)
+        self._check(request)
+        compiled = self.compiled.prepare(request, self.stream)
         run = self._plan(request, compiled)
         self._stream_number += 1
         number = self._stream_number
@@ -201,20 +189,13 @@ class SelfForcingPipeline:
             checkpoint()
             latents = encode_start(request.start, self._vae, self.spec)
             given = latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
-        decoder.step = self._decoder_steps[request.taehv] if request.compile else None
-        self.compiler.learns = not self.waits_for_compile  # who waits has learnt, and may end the program after this
-        for piece in self._pieces(request):  # for the whole run: half of it compiled would be neither
-            piece.enabled = compiled.state == "ready"
+        self.compiled.install(request, compiled, decoder)
         rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
         for index in range(run.num_blocks):
             start = time.perf_counter()
-            try:
+            with telling_compile_failures():
                 latents = next(rollout)
-            except Exception as error:
-                if told := compile_failure(error):
-                    raise told from error
-                raise
             if not torch.isfinite(latents).all():
                 raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
             denoised = time.perf_counter()
@@ -243,7 +224,7 @@ class SelfForcingPipeline:
         seconds = self.spec.frames_in(2) / self.spec.fps
         request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
         if compile:
-            self.waits_for_compile = False
+            self.compiled.waits = False
             request = self.learning_request(request)
         for block in self.stream(request):
             if block.elapsed > WARM_UP_SECONDS:  # a large model on a small machine: the visitor is better off now
@@ -274,61 +255,21 @@ class SelfForcingPipeline:
     def unavailable_options(self) -> dict[str, str]:
         """Option -> one sentence why it cannot work here."""
         reasons = unavailable_options(self.device, has_taehv=True in self._decoders)
-        if self.compiler.failure is not None and not self.compiler.may_try_again:
-            reasons.setdefault("compile", self.compiler.failure)
+        if (failure := self.compiled.failure) is not None:
+            reasons.setdefault("compile", failure)
         return reasons
-
-    # ---- torch.compile
 
     def compile_state(self, request: GenerationRequest) -> CompileState:
         """How far the compiled code is that a request with these options would run. Whether it asks for it, or not."""
-        return self.compiler.state(self._pieces(request))
+        return self.compiled.state(request)
 
     def learning_request(self, request: GenerationRequest) -> GenerationRequest:
         """A short clip with the options of another; running it is enough to have everything compiled for both."""
-        blocks = max(LEARNING_BLOCKS, math.ceil(LEARNING_LATENTS / self.spec.frames_per_block))
-        seconds = self.spec.frames_in(blocks) / self.spec.fps
-        return replace(request, seconds=seconds, fps=self.spec.fps, compile=True)
+        return self.compiled.learning_request(request)
 
     def close(self, timeout: float | None = 0.0) -> bool:
         """Compile nothing more. Returns whether no compilation goes on after `timeout` seconds; None waits for that."""
-        return self.compiler.close(timeout)
-
-    def _pieces(self, request: GenerationRequest) -> list[Piece]:
-        return [*self._transformer.pieces(request.fp8), self._decoder_steps[request.taehv]]
-
-    def _compile_applied(self, request: GenerationRequest, compiled: CompileState) -> str:
-        if compiled.state != "ready" and not self.waits_for_compile:
-            return f"warming up: this run is uncompiled, {compiled.ready_in}"
-        return "on" if self._transformer.compiles(request.fp8) else "the decoder only, because of FP8"
-
-    def _compile_now(self, request: GenerationRequest) -> None:
-        """Have everything compiled that a run needs, and wait for it.
-
-        Raises:
-            OptionUnavailable: it cannot be compiled here.
-            Cancelled, DeadlineExceeded: from `control.checkpoint`.
-        """
-        check_available(request, self.unavailable_options())
-        if self.compile_state(request).state == "ready":
-            return
-        self.waits_for_compile = False
-        try:
-            for _ in self.stream(self.learning_request(request)):
-                self.on_compiling(self.compile_state(request))
-        finally:
-            self.waits_for_compile = True
-
-        def poll() -> None:
-            checkpoint()
-            self.on_compiling(self.compile_state(request))
-
-        self.compiler.wait(poll)
-        state = self.compile_state(request)
-        if state.state != "ready":
-            raise OptionUnavailable(
-                state.reason or f"torch.compile got no further than {state.done} of {state.total} parts. Switch it off."
-            )
+        return self.compiled.compiler.close(timeout)
 
     def _roll_out(
         self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]

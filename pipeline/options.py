@@ -19,9 +19,8 @@ from types import MethodType
 import torch
 
 from pipeline.attention import Kernel
-from pipeline.compiling import Compiler, Piece, failure_sentence
+from pipeline.compiling import Compiler, Piece
 from pipeline.control import checkpoint
-from pipeline.errors import OptionUnavailable
 from pipeline.float8 import form_on, multiply_in_8_bits, store_in_8_bits
 from pipeline.transformer import CausalWanBlock, CausalWanTransformer3DModel
 
@@ -138,12 +137,4 @@ def missing_for_compile(device: torch.device) -> str | None:
         return "Python's header files (Debian: python3-dev)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    return None
-
-
-def compile_failure(error: Exception) -> OptionUnavailable | None:
-    """What to tell the user if `error` comes from the compiler and not from the model."""
-    module = type(error).__module__
-    if module.startswith(("torch._dynamo", "torch._inductor")):
-        return OptionUnavailable(failure_sentence(error))
     return None

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from pipeline import SelfForcingPipeline
-from tests.test_train_tools import toml_lines
-from tests.training_world import SIZES, make_world, stage_settings
+from tests.training_world import SIZES, make_world, stage_settings, toml_lines
 from training import ablation
 from training.ablation_report import as_table, verdicts, write_report
 from training.ablation_scores import Seen, make_template, model_folder, summary, windows_at
 from training.asked import plan_prompts
-from training.compare import BEGIN, END
 from training.curves import COLOURS, Panel, draw
+from training.document import BEGIN, END
 from training.filming import film_together, make_videos
 from training.judge import save_judge
 from training.pca import PatchPCA

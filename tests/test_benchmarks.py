@@ -26,6 +26,7 @@ from benchmarks.session import QUICK, Session, default_dtype
 from benchmarks.watch import Reading, WatchedPipeline, WatchedReference
 from pipeline import GenerationRequest, options, video
 from pipeline import cli as cli_pipeline
+from pipeline.compiled_runs import CompiledRuns
 from pipeline.config import ModelSpec
 from pipeline.folder import ModelFolder
 from pipeline.memory import builders_of as builders_in
@@ -300,7 +301,7 @@ def test_what_compiling_costs_begins_after_a_video_without_it(folder: Path, monk
         lambda self, request: done.append(f"video {request.compile}") or stream(self, request),
     )
     monkeypatch.setattr(
-        WatchedPipeline, "_compile_now", lambda self, request: done.append(f"compile {request.compile}")
+        CompiledRuns, "complete", lambda self, request, stream: done.append(f"compile {request.compile}")
     )
     events = [
         event["event"] for event in fresh.events_of({"folder": folder, "device": "cpu", "blocks": 1, "compile": True})

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 import app
-from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache
-from pipeline import generator as generator_module
+from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache, compiled_runs
 from pipeline.blocks import FrameBlock
+from pipeline.compile_cache_room import make_room
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
 from pipeline.errors import OptionUnavailable
 from pipeline.rotary import apply_rotary
@@ -96,7 +97,7 @@ def backend() -> Counted:
 @pytest.fixture
 def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
     pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-    pipe.waits_for_compile = False
+    pipe.compiled.waits = False
     use(pipe, backend)
     yield pipe
     backend.going.set()
@@ -104,8 +105,8 @@ def pipe(folder: Path, backend: Counted) -> Iterator[SelfForcingPipeline]:
 
 
 def use(pipe: SelfForcingPipeline, backend: Counted) -> None:
-    pipe.compiler.backend = backend
-    for piece in pipe._decoder_steps.values():
+    pipe.compiled.compiler.backend = backend
+    for piece in pipe.compiled.decoder_steps.values():
         piece.backend = backend
 
 
@@ -125,7 +126,7 @@ def alike(frames: np.ndarray, plain: np.ndarray) -> bool:
 
 
 def finish(pipe: SelfForcingPipeline) -> None:
-    pipe.compiler.wait(lambda: None)
+    pipe.compiled.compiler.wait(lambda: None)
 
 
 # ---- pieces
@@ -193,7 +194,7 @@ def test_a_run_is_plain_and_says_so_until_everything_is_compiled(pipe: SelfForci
     for piece in pipe._transformer.pieces(False):
         piece.plain = None
     assert alike(made(pipe)[0], plain)
-    pipe._decoder_steps[False].plain = None
+    pipe.compiled.decoder_steps[False].plain = None
     with pytest.raises(TypeError):
         made(pipe)
 
@@ -271,7 +272,7 @@ def test_what_was_withdrawn_is_compiled_when_it_comes_again(pipe: SelfForcingPip
     made(pipe)
     wait_until(lambda: backend.threads)
     with ThreadPoolExecutor(1) as other:
-        withdrawn = other.submit(pipe.compiler.withdraw, pipe._transformer.pieces(False), lambda: None)
+        withdrawn = other.submit(pipe.compiled.compiler.withdraw, pipe._transformer.pieces(False), lambda: None)
         backend.going.set()
         withdrawn.result(timeout=60)
     finish(pipe)
@@ -328,7 +329,7 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
     backend: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
     pipe = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, frames_per_block=1), device="cpu")
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     use(pipe, backend)
     learnt = pipe.learning_request(request())
     assert pipe.plan(learnt).num_blocks == 4
@@ -338,7 +339,7 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
     pipe.generate(learnt)
     finish(pipe)
     assert pipe.compile_state(request()).state == "ready"
-    monkeypatch.setattr(generator_module, "LEARNING_LATENTS", 3)
+    monkeypatch.setattr(compiled_runs, "LEARNING_LATENTS", 3)
     pipe = SelfForcingPipeline.from_pretrained(tmp_path, device="cpu")
     use(pipe, backend)
     with pytest.raises(OptionUnavailable, match=r"no further than 6 of 6 parts"):
@@ -347,12 +348,12 @@ def test_a_model_that_goes_frame_by_frame_is_compiled_whole(
 
 def test_who_waits_gets_compiled_code_in_the_first_run(pipe: SelfForcingPipeline, backend: Counted) -> None:
     heard: list[CompileState] = []
-    pipe.waits_for_compile, pipe.on_compiling = True, heard.append
+    pipe.compiled.waits, pipe.compiled.on_progress = True, heard.append
     plain, _ = made(pipe, seconds=1, compile=False)
     frames, said = made(pipe, seconds=1)
     assert said == "on" and alike(frames, plain)
     assert backend.compilations == 2 * PIECES + 1
-    assert heard[-1].state == "ready" and pipe.waits_for_compile
+    assert heard[-1].state == "ready" and pipe.compiled.waits
     shares = [state.done for state in heard]
     assert shares == sorted(shares)
 
@@ -363,7 +364,7 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
 ) -> None:
     plain, _ = made(pipe, compile=False)
     backend.error = RuntimeError("no such instruction")
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     if waits:
         with pytest.raises(OptionUnavailable, match=r"torch\.compile failed on this machine"):
             made(pipe)
@@ -383,7 +384,7 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
 def test_a_want_of_memory_may_pass(pipe: SelfForcingPipeline, backend: Counted, waits: bool, error: Exception) -> None:
     plain, _ = made(pipe, compile=False)
     backend.error = error
-    pipe.waits_for_compile = waits
+    pipe.compiled.waits = waits
     for attempts in (1, 2):
         if waits:
             with pytest.raises(OptionUnavailable, match="too little memory"):
@@ -447,7 +448,7 @@ def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> Non
 def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: Counted) -> None:
     def load() -> SelfForcingPipeline:
         pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
-        pipe.waits_for_compile = False
+        pipe.compiled.waits = False
         use(pipe, backend)
         return pipe
 
@@ -658,6 +659,82 @@ def test_without_a_place_for_it_torch_takes_its_own(no_cache: Path) -> None:
     compile_cache.use()
     assert compile_cache.TORCH_VARIABLE not in os.environ
     assert compile_cache.size() == 0
+
+
+DAY = 24 * 3600.0
+
+
+def put(path: Path, size: int, days: float) -> Path:
+    """A file that was used so many days ago; it was written earlier."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - days * DAY, time.time() - 100 * DAY))
+    return path
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    old = [put(tmp_path / "ab" / name, 50, 30) for name in ("cabc.main.cpp", "cabc.main.so")]
+    # What belongs to something that is used is used.
+    used = [put(tmp_path / "ab" / "cabd.main.cpp", 50, 40), put(tmp_path / "ab" / "cabd.main.so", 50, 10)]
+    header, precompiled = put(tmp_path / "headers" / "c1.h", 10, 50), put(tmp_path / "headers" / "c1.h.gch", 500, 20)
+    lock = put(tmp_path / "locks" / "cabc.lock", 0, 60)
+    assert make_room(tmp_path, 700) == 0 and all(path.exists() for path in old)
+    assert make_room(tmp_path, 699) == 100
+    assert not any(path.exists() for path in old) and all(path.exists() for path in (*used, header, precompiled))
+    assert make_room(tmp_path, 150) == 500
+    assert not precompiled.exists() and all(path.exists() for path in (*used, header, lock))
+
+
+def test_a_kernel_of_triton_goes_as_a_whole(tmp_path: Path) -> None:
+    kernels = tmp_path / "triton" / "0"
+    for name, days in (("old", 20), ("used", 3)):
+        put(kernels / name / "k.cubin", 100, 30)
+        put(kernels / name / "k.json", 100, days)
+        put(kernels / name / "__grp__k.json", 100, 30)
+    assert make_room(tmp_path, 599) == 300
+    assert [path.name for path in kernels.iterdir()] == ["used"] and len(list((kernels / "used").iterdir())) == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "triton"], "nothing is left on the way"
+
+
+def test_what_may_be_in_use_stays(tmp_path: Path) -> None:
+    young = [put(tmp_path / "ab" / f"c{number}.so", 100, number) for number in (0, 1)]
+    assert make_room(tmp_path, 0) == 0 and all(path.exists() for path in young)
+    written = put(tmp_path / "ab" / "c3.so", 100, 30)
+    os.utime(written, (time.time() - 30 * DAY, time.time()))  # where no reading is noted
+    assert make_room(tmp_path, 0) == 0 and written.exists()
+    assert make_room(tmp_path, 0, spared_seconds=0.5 * DAY) == 100 and not young[1].exists()
+
+
+def test_making_room_touches_nothing_outside_and_minds_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, outside = tmp_path / "cache", put(tmp_path / "outside" / "c0.so", 100, 30)
+    stuck, other = put(cache / "ab" / "c1.so", 100, 30), put(cache / "ab" / "c2.so", 100, 20)
+    (cache / "link").symlink_to(outside.parent)
+    (cache / "ab" / "c3.so").symlink_to(outside)
+    unlink = Path.unlink
+
+    def fail_for_one(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck:
+            raise PermissionError(errno.EACCES, "in use")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail_for_one)
+    assert make_room(cache, 150) == 100 and stuck.exists() and not other.exists() and outside.exists()
+    assert make_room(tmp_path / "nowhere", 0) == 0
+
+
+def test_room_is_made_once_and_only_where_this_program_keeps_its_code(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(compile_cache, "make_room", lambda folder: asked.append(folder) or 0)
+    compile_cache.use()
+    compile_cache.use()
+    assert asked == [no_cache]
+    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, str(no_cache.parent / "chosen"))
+    compile_cache.use()
+    assert asked == [no_cache], "whoever chose another folder looks after it"
 
 
 COMPILES = """

@@ -21,6 +21,7 @@ from pipeline.blocks import FrameBlock
 from pipeline.control import RunControl
 from pipeline.errors import (
     DeadlineExceeded,
+    OptionUnavailable,
     SelfForcingError,
     WeightsError,
 )
@@ -159,7 +160,7 @@ def test_options_act_on_the_next_run_and_can_be_switched_back(pipe: SelfForcingP
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compile_can_be_switched_on_and_off(pipe: SelfForcingPipeline) -> None:
-    pipe._decoder_steps[False].backend = "eager"  # takes as long again; `test_compiling` has its calls
+    pipe.compiled.decoder_steps[False].backend = "eager"  # takes as long again; `test_compiling` has its calls
     plain, long = frames(pipe, seconds=5), frames(pipe, seconds=9)
     compiled = pipe.generate(request(seconds=5, compile=True))
     assert compiled.run.applied["compile"] == "on"
@@ -173,6 +174,9 @@ def test_compile_can_be_switched_on_and_off(pipe: SelfForcingPipeline) -> None:
 def test_a_folder_without_taehv_works_and_says_so(tmp_path: Path) -> None:
     bare = SelfForcingPipeline.from_pretrained(write_model_folder(tmp_path, taehv=False), device="cpu")
     assert "taehv" in bare.unavailable_options()
+    for make in (bare.plan, bare.generate):
+        with pytest.raises(OptionUnavailable, match="no TAEHV decoder"):
+            make(request(taehv=True))
     assert len(frames(bare)) == 33
 
 

@@ -112,3 +112,14 @@ def stage_settings(name: str, world: Path, out: Path, **changes: Any) -> Any:
             place = place.setdefault(section, {})
         place[last] = value
     return build(STAGES[name].settings_kind, json.loads(json.dumps(values)))
+
+
+def toml_lines(values: dict, prefix: str = "") -> list[str]:
+    """Lines of a settings file: JSON's lists, numbers and texts are TOML's, so one line a setting will do."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += toml_lines(value, f"{prefix}{name}.")
+        elif value is not None:
+            lines.append(f"{prefix}{name} = {json.dumps(value)}")
+    return lines

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.machine import processor_name
 from pipeline.errors import TrainingError
-from training.compare import BEGIN, END, put_into
 from training.curves import Panel, draw
+from training.document import BEGIN, END, put_into
 from training.drift import mean_of
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from pipeline import SelfForcingPipeline
 from pipeline.folder import INDEX_FILE
 from training.asked import Prompt
-from training.compare import features, frechet_distance
 from training.drift import Row, mean_of, measure, parts_of_quality, quality, rows
 from training.export import export
 from training.filming import film_together, frames_per_second, real_video
+from training.frechet import features, frechet_distance
 from training.network import load_network
 from training.probe import WINDOW, AttributeProbe
 from training.settings import NetworkSettings

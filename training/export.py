@@ -10,8 +10,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from pipeline.config import ModelSpec
@@ -20,7 +18,7 @@ from pipeline.folder import INDEX_FILE, index_entries
 from training import console, enhancing
 from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
-from training.network import WEIGHTS_FILE, load_network, transformer_folder
+from training.network import load_network
 from training.pca import SPATIAL_STRIDE
 from training.settings import NetworkSettings, RolloutSettings
 from training.settings_file import build
@@ -61,27 +59,12 @@ def read_run(run: Path) -> tuple[RolloutSettings, int]:
         raise WeightsError(f"{run} holds no finished stage that rolls out clips: dmd, sid, gan or ode.") from error
 
 
-def blended_weights(run: Path, base: Path | None = None, share: float = 1.0) -> dict[str, torch.Tensor]:
-    """Weights of a finished stage, or a straight line's point between those of `base` (0) and its own (1).
-
-    Distribution matching seeks modes: the longer it runs, the surer the subject and the less it moves. The network it
-    started from moves well and is less sure. Weights between the two, which the short way from one to the other makes
-    possible, have most of both.
-    """
-    weights = load_file(transformer_folder(str(run)) / WEIGHTS_FILE)
-    if base is not None:
-        start = load_file(transformer_folder(str(base)) / WEIGHTS_FILE)
-        weights = {name: torch.lerp(start[name], value, share) for name, value in weights.items()}
-    return weights
-
-
-def export(run: Path, data: Path, out: Path, base: Path | None = None, share: float = 1.0) -> None:
+def export(run: Path, data: Path, out: Path) -> None:
     """Write the folder beside its place and move it there whole.
 
     Args:
         run: folder of a finished stage that rolls out clips; its weights are taken, in half precision.
         data: the data set's folder, with text/, vae/ and taehv/ in it.
-        base, share: see `blended_weights`.
         out: the model folder; replaced if it exists, but for the files this stage does not write (its model card).
 
     Raises:
@@ -89,7 +72,6 @@ def export(run: Path, data: Path, out: Path, base: Path | None = None, share: fl
     """
     rollout, text_len = read_run(run)
     network = load_network(NetworkSettings(init=str(run)))
-    network.load_state_dict(blended_weights(run, base, share))
     info = ClipDataset(data).info
     size = SPATIAL_STRIDE * rollout.height, SPATIAL_STRIDE * rollout.width
     if size != (info.height, info.width):
@@ -125,10 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, default=Path("training/cache/dmd"))
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, default=Path("weights/embedded"))
-    parser.add_argument("--base", type=Path, default=Path("training/cache/base"))
-    parser.add_argument("--share", type=float, default=1.0, help="1: the stage itself; 0: the base")
     options = parser.parse_args(argv)
-    return console.run(lambda: export(options.run, options.data, options.out, options.base, options.share))
+    return console.run(lambda: export(options.run, options.data, options.out))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ class AdaptedPipeline:
         """Whether it goes on from a picture or a video. One that does not say so would leave it out in silence."""
         self.enhancer: Enhancer | None = getattr(pipeline, "enhancer", None)
         """Fills prompts in from the model's own templates; None: it has none."""
-        if hasattr(pipeline, "waits_for_compile"):
-            pipeline.waits_for_compile = False  # a page's visitors stand in a queue
+        if hasattr(getattr(pipeline, "compiled", None), "waits"):
+            pipeline.compiled.waits = False  # a page's visitors stand in a queue
 
     @property
     def preset(self) -> dict[str, bool]:
