@@ -147,7 +147,8 @@ def serve(
         InvalidRequest: the address cannot be served on.
         SelfForcingError: the model could not be loaded.
     """
-    demo = build_app(worker, options.max_seconds, models, language)
+    ticked = ["compile"] if options.compile else []
+    demo = build_app(worker, options.max_seconds, models, language, ticked)
     try:
         with redirect_stdout(io.StringIO()):  # what Gradio has to say of share links and MCP, this program says itself
             _, local, public = demo.launch(
@@ -221,7 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="begin to compile the model at the start, in the background",
+        help="tick torch.compile on the page, and begin with it at the start, in the background",
     )
     parser.add_argument(
         "--max-seconds",

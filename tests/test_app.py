@@ -185,6 +185,14 @@ def test_what_cannot_work_is_disabled_and_says_why() -> None:
     )
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+def test_switches_can_be_on_from_the_start(compiler: bool) -> None:
+    missing = {} if compiler else {"compile": "There is no compiler here."}
+    demo = app.build_app(ScriptedPipeline(unavailable=missing), ticked=["compile"])
+    by_label = {block.label: block for block in demo.blocks.values() if hasattr(block, "label")}
+    assert by_label["torch.compile"].value is compiler and by_label["TAEHV VAE"].value is False
+
+
 def test_the_examples_are_good_prompts() -> None:
     prompts = json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
     assert prompts[0] == "a red balloon rises over the mountains at sunset"

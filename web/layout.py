@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,19 @@ class Layout:
         longest: Seconds of video that may be asked for.
         help: What makes suggestions for prompts.
         menu: Makes the Model menu, if there is to be one.
+        ticked: Switches that are on for a visitor who comes, where the model has them.
     """
 
     def __init__(
-        self, loading: LoadingState, longest: float, help: PromptHelp, menu: Callable[[], ModelMenu] | None = None
+        self,
+        loading: LoadingState,
+        longest: float,
+        help: PromptHelp,
+        menu: Callable[[], ModelMenu] | None = None,
+        ticked: Collection[str] = (),
     ) -> None:
         self._longest = longest
+        self._ticked = ticked
         self._help = help
         self.header = gr.HTML(pieces.header(None), elem_id="header", padding=False)
         gr.HTML(pieces.ANNOUNCEMENTS, elem_id="announcements", padding=False)
@@ -183,6 +190,8 @@ class Layout:
         for name, option in self.options.items():
             said = " ".join(filter(None, (OPTIONS[name][1], notes.get(name))))
             fitted[option] = {"info": said, "interactive": True}
+            if name in self._ticked:
+                fitted[option] |= {"value": True}
             if name in model.preset:
                 fitted[option] |= {"value": True, "info": f"{said} {PRESET}"}
             if name in unavailable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def build_app(
     max_seconds: float = DEFAULT_MAX_SECONDS,
     models: ModelChoices | None = None,
     language: LanguageEnhancer | None = None,
+    ticked: Collection[str] = (),
 ) -> gr.Blocks:
     """The whole app around a pipeline, ready for `launch()`.
 
@@ -78,13 +79,14 @@ def build_app(
         max_seconds: Longest video that may be asked for. A run may take twice as long and a minute more.
         models: What the Model menu offers; None: there is no menu.
         language: Writes prompts out if a visitor asks for it; None: at most the model's own templates do.
+        ticked: Which of `taehv`, `fp8` and `compile` are on for a visitor who comes, where the model has them.
     """
     if isinstance(pipeline, ModelWorker):
         worker = pipeline
     else:
         worker = ModelWorker(adapted(pipeline))
         worker.wait_ready()
-    return Page(worker, max_seconds, models, language).blocks
+    return Page(worker, max_seconds, models, language, ticked).blocks
 
 
 class Page:
@@ -96,6 +98,7 @@ class Page:
         max_seconds: float,
         models: ModelChoices | None = None,
         language: LanguageEnhancer | None = None,
+        ticked: Collection[str] = (),
     ) -> None:
         self.worker = worker
         self.help = PromptHelp(language)
@@ -109,7 +112,7 @@ class Page:
         self.streams = StreamMemory(self.blocks)
         with self.blocks:
             menu = None if models is None else lambda: ModelMenu(models, worker)
-            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), self.help, menu)
+            self.ui = Layout(worker.loading, min(max_seconds, SECONDS_RANGE[1]), self.help, menu, ticked)
             self.home = Path(self.ui.download.GRADIO_CACHE)
             self.generator = Generator(worker, VideoStore(self.home / VIDEOS), max_seconds)
             self.comparer = Comparer(self.generator)
