@@ -21,7 +21,7 @@ from tests.small import SMALL_SETTINGS, write_model_folder
 from training import evaluate as evaluation
 from training.asked import Prompt, plan_prompts, read_prompts, stated_in
 from training.captions import make_caption
-from training.drift import drift_report, flicker, measure, motion_report, rows
+from training.drift import drift_report, flicker, jump, measure, motion_report, moves, rows
 from training.evaluate import follow_prompts, follow_time, score
 from training.filming import Crew, film_with
 from training.judge import SHIPPED, load_judge, save_judge
@@ -225,23 +225,27 @@ def test_what_decays_is_named(probe: AttributeProbe, moving: Prompt) -> None:
     assert drift["parts"]["scene"] == [1, 1, 0, 0] and drift["parts"]["subject"][-1] == 0
 
 
+def flicker_of(videos: Sequence[np.ndarray]) -> dict[str, float] | None:
+    return flicker(jump(video, SPEC) for video in videos)
+
+
 def test_a_jump_where_the_first_frame_leaves_the_window_is_noticed() -> None:
     frames = np.repeat(np.arange(60, dtype=np.uint8)[:, None, None, None], 3, axis=3).repeat(8, axis=1)
-    assert flicker([frames], SPEC) == dict.fromkeys(("mean", "worst", "elsewhere"), pytest.approx(1))
+    assert flicker_of([frames]) == dict.fromkeys(("mean", "worst", "elsewhere"), pytest.approx(1))
     leaves = SPEC.frames_in(SPEC.window_frames // SPEC.frames_per_block)
     assert leaves == 33
     jump = frames.copy()
     jump[leaves:] += 9
-    seen = flicker([frames, jump], SPEC)
+    seen = flicker_of([frames, jump])
     assert seen["worst"] > 5 and seen["elsewhere"] == pytest.approx(1)
     elsewhere = frames.copy()
     elsewhere[leaves + 5 :] += 9
-    assert flicker([elsewhere], SPEC)["worst"] == pytest.approx(1)
+    assert flicker_of([elsewhere])["worst"] == pytest.approx(1)
     elsewhere[leaves + 12 :] += 9
-    assert flicker([elsewhere], SPEC)["worst"] == pytest.approx(1) and flicker([elsewhere], SPEC)["elsewhere"] > 2
-    assert flicker([frames[:leaves]], SPEC) is None
+    assert flicker_of([elsewhere])["worst"] == pytest.approx(1) and flicker_of([elsewhere])["elsewhere"] > 2
+    assert flicker_of([frames[:leaves]]) is None
     still = np.zeros_like(frames)
-    assert flicker([still], SPEC)["worst"] == 1
+    assert flicker_of([still])["worst"] == 1
 
 
 def test_no_long_prompts_no_drift(probe: AttributeProbe) -> None:

@@ -1,9 +1,9 @@
 """Phrasings that training never has: the same words in other sentences, to judge whether a model reads or remembers.
 
-Captions of training put the parts of a sentence side by side or between commas. Here other words stand between them (`we
-see`, `that`, `is`, `while it`, `with`), or they stand in an order of their own. In every frame there are two parts, or
-a word and a part, that meet here and never in a caption of training, whatever phrases are taken; a test goes through all
-of them. Every word is one of training's, so that nothing is asked of the tokenizer that it cannot know.
+Captions of training put the parts of a sentence side by side or between commas. Here other words stand between them
+(`we see`, `that`, `is`, `while it`, `with`), or they stand in an order of their own. In every frame there are two
+parts, or a word and a part, that meet here and never in a caption of training, whatever phrases are taken; a test goes
+through all of them. Every word is one of training's, so that nothing is asked of the tokenizer that it cannot know.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ FRAMES: tuple[str, ...] = (
     "{doing} {scene} {time} is {subject} {weather}",
     "{weather} {time} {scene} {subject} {does}",
 )
-"""Sentences with a place for each part. `{does}` and `{doing}` state the motion (`rises`, `rising`), `{place}` the scene
-as a noun."""
+"""Sentences with a place for each part.
+
+`{does}` and `{doing}` state the motion (`rises`, `rising`), `{place}` the scene as a noun."""
 ARTICLES = ("a", "the", "one")
 PLACES: dict[str, tuple[str, ...]] = {
     "ocean": ("the ocean", "the sea", "the waves"),
