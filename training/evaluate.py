@@ -158,11 +158,6 @@ def notes(
         in_file: how many prompts the prompt file holds; None: there is none.
     """
     found = []
-    if in_file is not None and in_file > len(prompts):
-        found.append(
-            f"The prompt file holds {in_file} prompts, of which only the first {len(prompts)} were scored: "
-            f"--prompts {in_file} scores them all."
-        )
     if size != (HEIGHT, WIDTH):
         found.append(
             f"The model draws {size[1]}x{size[0]} pixels, but the probe learnt {WIDTH}x{HEIGHT}: frames are resized."
@@ -175,6 +170,11 @@ def notes(
         )
     if not any(prompt.stated for prompt in prompts):
         found.append("No prompt states anything that the probe could read: prompt following is not scored.")
+    if in_file is not None and in_file > len(prompts):
+        found.append(
+            f"The prompt file holds {in_file} prompts, of which only the first {len(prompts)} were scored: "
+            f"--prompts {in_file} scores them all."
+        )
     return found
 
 
