@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,50 @@ from training.world import ATTRIBUTES, ClipParams, all_params, held_out, sample_
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "weights" / "embedded" / "tokenizer"
 START, END = "<", ">"
+THERE_IS = "thereis"
+"""Read as one word: no other `is` of training stands before an article or a verb."""
 Pairs = set[tuple[str, str]]
+
+
+def read(text: str) -> list[str]:
+    """The words of a text, `there is` as one."""
+    return captions.words(text.replace("there is", THERE_IS))
 
 
 def side_by_side(phrase: str) -> Pairs:
     """The pairs of words that stand side by side in a phrase."""
-    said = captions.words(phrase)
-    return set(zip(said, said[1:], strict=False))
+    return set(pairwise(read(phrase)))
 
 
-def between(sentence: Sequence[Iterable[str]]) -> Iterator[Pairs]:
-    """Sets of phrases, one after the other -> for each place where two meet: the pairs of words that can meet there."""
-    parts = [[captions.words(phrase) or [phrase] for phrase in part] for part in ([START], *sentence, [END])]
-    for left, right in zip(parts, parts[1:], strict=False):
-        yield {(last, first) for last in {said[-1] for said in left} for first in {said[0] for said in right}}
+@dataclass(frozen=True)
+class Ends:
+    """The words that phrases, any of which may stand in one place, begin and end with."""
+
+    first: frozenset[str]
+    last: frozenset[str]
+
+    @classmethod
+    def of(cls, phrases: Iterable[str]) -> Ends:
+        said = [read(phrase) for phrase in phrases]
+        return cls(frozenset(words[0] for words in said), frozenset(words[-1] for words in said))
+
+
+def between(sentence: Sequence[Ends]) -> Iterator[Pairs]:
+    """For each place where two parts of a sentence meet, its start and end included: the pairs of words that can."""
+    start, end = (Ends(frozenset([mark]), frozenset([mark])) for mark in (START, END))
+    for left, right in pairwise([start, *sentence, end]):
+        yield set(product(left.last, right.first))
 
 
 def parts_of_captions() -> dict[str, list[str]]:
     """All phrases, and some more, that training's captions have in the places of `captions._join`."""
-    nouns = [noun for said in captions.SUBJECT_NOUNS.values() for noun in said]
-    colours = [colour for said in captions.COLOUR_WORDS.values() for colour in said]
+    nouns = {noun for said in captions.SUBJECT_NOUNS.values() for noun in said}
+    colours = {colour for said in captions.COLOUR_WORDS.values() for colour in said}
     verbs = {verb for said in captions.VERBS.values() for verb in said}
     named = [f"{c} {n}" for c in colours for n in nouns] + [f"{c} colored {n}" for c in colours for n in nouns]
-    named += [f"{n} that is {c}" for c in colours for n in nouns] + nouns
+    named += [f"{n} that is {c}" for c in colours for n in nouns] + [*nouns]
     return {
-        "SUBJECT": [f"{article} {name}" for article in (*captions.ARTICLES, "an") for name in named],
+        "SUBJECT": [f"{article} {name}" for article in {*captions.ARTICLES, "an"} for name in named],
         "MOTION": [p.replace("{verb}", v) for said in captions.MOTION_PHRASES.values() for p in said for v in verbs],
         "SCENE": [phrase for said in captions.SCENE_PHRASES.values() for phrase in said],
         "TIME": [phrase for said in captions.TIME_PHRASES.values() for phrase in said],
@@ -59,11 +79,15 @@ def met_in_training() -> Pairs:
         names = [
             name if left_out >> i & 1 == 0 else "" for i, name in enumerate(("MOTION", "SCENE", "TIME", "WEATHER"))
         ]
-        orders |= {captions._join("SUBJECT", *names, rng) for _ in range(1500)}
+        orders |= {captions._join("SUBJECT", *names, rng) for _ in range(500)}
     assert all(any(order.startswith(opening) for order in orders) for opening in captions.OPENINGS)
     met = set().union(*(side_by_side(phrase) for phrases in parts.values() for phrase in phrases))
+    ends = {name: Ends.of(phrases) for name, phrases in parts.items()}
     for order in orders:
-        met |= set().union(*between([parts.get(word, [word]) for word in re.findall(r"\w+|,", order)]))
+        words = re.findall(
+            r"\w+|,", order.replace("there is", THERE_IS)
+        )  # not `read`: the names of parts are upper-case
+        met |= set().union(*between([ends.get(word) or Ends.of([word]) for word in words]))
     return met
 
 
@@ -78,9 +102,9 @@ def various() -> list[ClipParams]:
 
 def test_the_pairs_of_training_are_all_it_has(met_in_training: Pairs) -> None:
     rng = np.random.default_rng(1)
-    for index in range(1500):
-        said = [START, *captions.words(captions.make_caption(sample_params(rng), rng, full=index % 2 == 0)[0]), END]
-        assert set(zip(said, said[1:], strict=False)) <= met_in_training, " ".join(said)
+    for index in range(1000):
+        said = [START, *read(captions.make_caption(sample_params(rng), rng, full=index % 2 == 0)[0]), END]
+        assert set(pairwise(said)) <= met_in_training, " ".join(said)
 
 
 @pytest.mark.parametrize("without", [(), ("{time}", "{weather}")], ids=["elsewhere", "in space"])
@@ -90,8 +114,10 @@ def test_words_meet_in_every_frame_that_never_meet_in_training(
 ) -> None:
     shown = various()
     sentence = [
-        {phrase for params in shown for phrase in phrasings.phrases(part[1:-1], params)} if part[0] == "{" else {part}
-        for part in frame.split()
+        Ends.of(phrase for params in shown for phrase in phrasings.phrases(part[1:-1], params))
+        if part.startswith("{")
+        else Ends.of([part])
+        for part in frame.replace("there is", THERE_IS).split()
         if part not in without
     ]
     assert any(pairs.isdisjoint(met_in_training) for pairs in between(sentence))
