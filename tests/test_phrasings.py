@@ -84,9 +84,7 @@ def met_in_training() -> Pairs:
     met = set().union(*(side_by_side(phrase) for phrases in parts.values() for phrase in phrases))
     ends = {name: Ends.of(phrases) for name, phrases in parts.items()}
     for order in orders:
-        words = re.findall(
-            r"\w+|,", order.replace("there is", THERE_IS)
-        )  # not `read`: the names of parts are upper-case
+        words = re.findall(r"\w+|,", order.replace("there is", THERE_IS))  # names are upper-case
         met |= set().union(*between([ends.get(word) or Ends.of([word]) for word in words]))
     return met
 
