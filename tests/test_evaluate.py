@@ -386,11 +386,19 @@ def test_embedded_model_by_the_real_command_line(tmp_path: Path) -> None:
     assert table[0].startswith("Self-Forcing embedded") and any("wan decoder" in line for line in table)
     for key in ("prompt_following", "ceiling", "relative"):
         assert list(report[key]) == ["scene", "time", "weather", "subject", "colour", "motion"]
-    assert all(report["ceiling"][name] > 0.5 for name in ATTRIBUTES)
-    assert report["prompt_following"]["scene"] >= 0.75 and report["ceiling"]["scene"] == 1
-    assert report["psnr"]["wan"] > 28 and report["psnr"]["taehv"] > 28
-    assert report["drift"]["relative"] > 0.5 and report["drift"]["flicker"]["mean"] > 0 and report["fps"] > 0
-    assert set(report["motion"]) == {"speed", "change", "frozen", "frozen_real"}
+    # The model card's scores, with room for one or two of so few prompts and clips.
+    following = report["prompt_following"]
+    assert all(report["ceiling"][name] >= 0.75 for name in ATTRIBUTES) and min(following.values()) >= 0.5
+    assert min(following[name] for name in ("scene", "colour", "motion")) >= 0.75
+    assert np.mean(list(following.values())) >= 0.8
+    assert report["combinations"] == 4 and report["held_out_phrasings"]["prompts"] == 2
+    assert all(0 < error < 0.5 for error in report["standard_error"]["relative"].values())
+    assert report["psnr"]["wan"] > 29.5 and report["psnr"]["taehv"] > 28.5
+    drift, motion = report["drift"], report["motion"]
+    assert 0.9 < drift["relative"] < 1.1 and 0.5 < drift["flicker"]["mean"] < 2 and report["fps"] > 0
+    assert 0.95 < drift["real"]["relative"] < 1.05 and 0.8 < drift["real"]["flicker"]["mean"] < 1.2
+    assert set(motion) == {"videos", "speed", "change", "frozen", "frozen_real"} and motion["videos"] == 1
+    assert 0.65 < motion["speed"]["start"] < 1.35 and motion["frozen"] <= 0.5
     assert report["notes"] == [] and all(Image.open(path).width > 100 for path in report["sheets"])
 
 
