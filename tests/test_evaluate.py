@@ -205,7 +205,7 @@ def test_clips_of_other_prompts_score_low(prompts: list[Prompt]) -> None:
     assert all(following[name] == 0 for name in ("scene", "subject", "colour")) and following["motion"] <= 0.25
 
 
-def test_new_phrasings_are_also_scored_alone(tmp_path: Path) -> None:
+def test_new_phrasings_are_also_scored_alone() -> None:
     planned = plan_scored(8, seed=5)
     new = [prompt for prompt in planned if prompt.new_phrasing]
     shown = different(new)
