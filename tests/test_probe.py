@@ -83,7 +83,6 @@ def test_a_short_training_learns_and_survives_saving(tmp_path: Path) -> None:
     assert (tmp_path / "probe" / "probe.safetensors").stat().st_size < 2**20
     doubled = frames[:5].repeat(2, axis=1).repeat(2, axis=2)
     assert loaded.read(doubled).attributes == loaded.read(frames[:5]).attributes
-    assert len(loaded.read_windows(frames)) == 2
     with pytest.raises(FileNotFoundError, match="training.probe"):
         AttributeProbe.load(tmp_path / "nowhere")
 

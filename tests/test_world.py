@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from training import text as text_training
 from training.captions import COLOUR_WORDS, MAX_TOKENS, make_caption, vocabulary, words
 from training.data import ClipDataset, DatasetInfo, build, training_clip
 from training.pca import TEMPORAL_STRIDE, PatchPCA, from_patches, group_frames, mask_patches, psnr, to_patches
 from training.scenery import TIMES, layout
 from training.sprites import COLOURS, CYCLE, SUBJECTS, draw_sprite
-from training.text import EOS, PAD, UNK, build_tokenizer, save_tokenizer
+from training.text import EOS, PAD, UNK, CaptionSampler, build_tokenizer, save_tokenizer
 from training.tracking import read_motion
 from training.weather import WEATHERS, add_weather
 from training.world import (
@@ -199,6 +200,15 @@ def test_training_never_renders_what_is_held_out() -> None:
     rng = np.random.default_rng(0)
     assert not any(held_out(sample_params(rng, "train")) for _ in range(500))
     assert all(held_out(sample_params(rng, "held_out")) for _ in range(50))
+
+
+def test_the_text_encoder_never_reads_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[ClipParams] = []
+    monkeypatch.setattr(
+        text_training, "make_caption", lambda params, rng: read.append(params) or make_caption(params, rng)
+    )
+    CaptionSampler(build_tokenizer(), seed=0, unknown_share=0.1).batch(200)
+    assert len(read) == 200 and not any(map(held_out, read))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def _row(windows: Sequence[Window], prompts: Sequence[Prompt], firsts: Sequence[
     row["visible"] = mean_of(w.reading.visible for w in windows)
     for name in ("contrast", "sharpness", "change"):
         row[name] = mean_of(getattr(w, name) for w in windows)
-    moving = [w for w, p, _ in clips if _moves(p) and w.reading.visible >= _SEEN]
+    moving = [w for w, p, _ in clips if moves(p) and w.reading.visible >= _SEEN]
     row["speed"] = mean_of(w.reading.speed for w in moving)
     row["frozen"] = mean_of(w.reading.attributes["motion"] == "still" for w in moving)
     return row
@@ -103,7 +103,8 @@ def _shown_first(windows: Sequence[Window]) -> dict[str, str]:
     return {name: max(values, key=values.count) for name, values in shown.items()}
 
 
-def _moves(prompt: Prompt) -> bool:
+def moves(prompt: Prompt) -> bool:
+    """Whether a prompt states that its subject moves."""
     return "motion" in prompt.stated and prompt.params.motion != "still"
 
 
@@ -147,24 +148,40 @@ def quality(parts: Mapping[str, Sequence[float]]) -> list[float]:
     return [mean_of(values) for values in zip(*parts.values(), strict=True)]
 
 
-def flicker(videos: Sequence[Array], spec: ModelSpec) -> dict[str, float] | None:
-    """Change of the pixels where the first frame leaves the window, as a multiple of the median one around.
+@dataclass(frozen=True)
+class Jump:
+    """Change of the pixels of one video from frame to frame, as a multiple of the median one around; 1: no jump.
+
+    Attributes:
+        there: where the first frame leaves the window.
+        elsewhere: where other blocks begin, their mean.
+    """
+
+    there: float
+    elsewhere: float
+
+
+def jump(video: Array, spec: ModelSpec) -> Jump | None:
+    """How much a video, uint8 [T, H, W, 3], changes where a model of this window may jump; None if it is too short."""
+    leaves = spec.frames_in(spec.window_frames // spec.frames_per_block)
+    block = spec.temporal_stride * spec.frames_per_block
+    if len(video) <= leaves:
+        return None
+    others = (frame for frame in range(leaves % block, len(video), block) if frame and frame != leaves)
+    return Jump(_change(video, leaves, block), mean_of(_change(video, frame, block) for frame in others))
+
+
+def flicker(jumps: Iterable[Jump | None]) -> dict[str, float] | None:
+    """Change of the pixels where the first frame leaves the window: `mean` and `worst` of the videos.
 
     1: nothing is to be seen. `elsewhere` is the same where other blocks begin: what is more than that is the window's
     doing. None where no video is that long.
     """
-    leaves = spec.frames_in(spec.window_frames // spec.frames_per_block)
-    block = spec.temporal_stride * spec.frames_per_block
-    there, elsewhere = [], []
-    for video in videos:
-        if len(video) <= leaves:
-            continue
-        there.append(_change(video, leaves, block))
-        others = (frame for frame in range(leaves % block, len(video), block) if frame and frame != leaves)
-        elsewhere.append(mean_of(_change(video, frame, block) for frame in others))
-    if not there:
+    seen = [found for found in jumps if found is not None]
+    if not seen:
         return None
-    return {"mean": float(np.mean(there)), "worst": max(there), "elsewhere": mean_of(elsewhere)}
+    there = [found.there for found in seen]
+    return {"mean": float(np.mean(there)), "worst": max(there), "elsewhere": mean_of(found.elsewhere for found in seen)}
 
 
 def _change(video: Array, frame: int, around: int) -> float:

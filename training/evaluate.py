@@ -1,8 +1,9 @@
 """Score a model folder: `python -m training.evaluate weights/embedded --json`.
 
-Prompts are full captions of combinations that training never rendered, or the lines of a file. A probe, trained on real
-clips alone, reads what the videos show; its readings of real clips of the same prompts are the ceiling. A few long
-videos show drift (`drift.py`). Nothing is needed but the model and `weights/probe`.
+Prompts describe combinations that training never rendered, half of them in phrasings that training never had, or they
+are the lines of a file. A probe, trained on real clips alone, reads what the videos show; its readings of real clips of
+the same prompts are the ceiling. A few long videos show drift (`drift.py`). Nothing is needed but the model and
+`weights/probe`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tqdm import tqdm
 
 from pipeline.config import SECONDS_RANGE, ModelSpec
 from training import console
-from training.asked import Prompt, plan_prompts, read_prompts
-from training.drift import drift_report, flicker, measure, motion_report, rows
+from training.asked import Prompt, plan_long, plan_prompts, plan_scored, read_prompts
+from training.drift import drift_report, flicker, jump, measure, motion_report, moves, rows
 from training.filming import Crew, Film, Generator, film_with, frames_per_second, make_videos, real_video
+from training.following import by_value, following, score
 from training.judge import SHIPPED, Judge, load_judge
 from training.probe import WINDOW, AttributeProbe, WindowReading
 from training.report import as_table, rounded
@@ -59,33 +61,6 @@ def real_videos(prompts: Sequence[Prompt], num_frames: int = WINDOW) -> list[Arr
     return [real_video(prompt, num_frames, HEIGHT, WIDTH) for prompt in prompts]
 
 
-def score(readings: Sequence[WindowReading], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Share of readings that name what the prompt states, by attribute, 0..1; NaN for what none states.
-
-    Also `visible`, the share of frames with a subject, and `speed`, the mean speed of subjects that should move, in
-    frame heights a frame.
-    """
-    pairs = list(zip(readings, prompts, strict=True))
-    scores = {}
-    for name in ATTRIBUTES:
-        right = [r.attributes.get(name) == getattr(p.params, name) for r, p in pairs if name in p.stated]
-        scores[name] = float(np.mean(right)) if right else float("nan")
-    moving = [r.speed for r, p in pairs if "motion" in p.stated and p.params.motion != "still"]
-    scores["visible"] = float(np.mean([reading.visible for reading in readings]))
-    scores["speed"] = float(np.mean(moving)) if moving else float("nan")
-    return scores
-
-
-def by_value(readings: Sequence[WindowReading], prompts: Sequence[Prompt], name: str) -> dict[str, str]:
-    """For each value of one attribute: how many were right, of how many."""
-    counts: dict[str, list[bool]] = {}
-    for reading, prompt in zip(readings, prompts, strict=True):
-        if name in prompt.stated:
-            asked = getattr(prompt.params, name)
-            counts.setdefault(asked, []).append(reading.attributes.get(name) == asked)
-    return {value: f"{sum(right)}/{len(right)}" for value, right in sorted(counts.items())}
-
-
 def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> Scores:
     """The first window of each video, read as it comes: not all of them fit in memory."""
     readings, shown, size = [], [], (0, 0)
@@ -101,26 +76,30 @@ def follow_prompts(film: Film, probe: AttributeProbe, prompts: Sequence[Prompt],
     """Prompt following on clips of one window (two seconds).
 
     Returns:
-        `prompt_following`, `ceiling` (the same of real clips of the prompts) and `relative`, the one divided by the
-        other, each by attribute; `seen`: share of frames with a subject, and speed, of both; `by_value`.
+        what `following` does; `held_out_phrasings`, the same of the prompts whose phrasing training never had, with
+        their number, or None without any; `combinations`, how many different things the prompts ask for; `seen`: share
+        of frames with a subject, and speed, of both; `by_value`.
     """
     generated = read_clips(probe, tqdm(film(prompts, WINDOW / FPS), "clips", len(prompts), disable=None))
     real = [probe.read(real_video(prompt, WINDOW, *generated.size)) for prompt in prompts]
-    raw, ceiling = score(generated.readings, prompts), score(real, prompts)
     if sheet is not None:
         save_sheet(sheet, generated.shown, [prompt.caption for prompt in prompts[:SHEET_CLIPS]])
-
-    def attributes(scores: dict[str, float]) -> dict[str, float]:
-        return {name: scores[name] for name in ATTRIBUTES}
-
+    raw, ceiling = score(generated.readings, prompts), score(real, prompts)
     return {
-        "prompt_following": attributes(raw),
-        "ceiling": attributes(ceiling),
-        "relative": attributes({name: raw[name] / max(ceiling[name], 1e-6) for name in ATTRIBUTES}),
+        **following(generated.readings, real, prompts),
+        "held_out_phrasings": _of_new_phrasings(generated.readings, real, prompts),
+        "combinations": len({tuple(prompt.asked.items()) for prompt in prompts}),
         "seen": {name: {"generated": raw[name], "real": ceiling[name]} for name in ("visible", "speed")},
         "by_value": {name: by_value(generated.readings, prompts, name) for name in ATTRIBUTES},
         "size": generated.size,
     }
+
+
+def _of_new_phrasings(
+    generated: Sequence[WindowReading], real: Sequence[WindowReading], prompts: Sequence[Prompt]
+) -> dict[str, Any] | None:
+    new = [clip for clip in zip(generated, real, prompts, strict=True) if clip[2].new_phrasing]
+    return {"prompts": len(new), **following(*zip(*new, strict=True))} if new else None
 
 
 def follow_time(
@@ -131,24 +110,30 @@ def follow_time(
     seconds: float,
     sheet: Path | None,
 ) -> dict[str, Any]:
-    """`drift` and `motion` of long videos, see `drift.py`; None of them without prompts."""
+    """`drift` and `motion` of long videos, see `drift.py`; None of them without prompts.
+
+    `drift.real` is the same of real clips: the ceiling. `motion.videos` is the number of videos that motion is read
+    from, those whose subject should move.
+    """
     if not prompts:
         return {"drift": None, "motion": None}
-    generated, real, videos = [], [], []
+    generated, real, videos, real_jumps = [], [], [], []
     films = tqdm(film(prompts, seconds), "long videos", len(prompts), disable=None)
     for prompt, video in zip(prompts, films, strict=True):
         videos.append(video)
         generated.append(measure(probe, video))
-        real.append(measure(probe, real_video(prompt, *video.shape[:3])))
+        clip = real_video(prompt, *video.shape[:3])
+        real.append(measure(probe, clip))
+        real_jumps.append(jump(clip, spec))
     if sheet is not None:
         save_sheet(sheet, videos, [prompt.caption for prompt in prompts], columns=12)
     shown, asked = rows(generated, prompts), rows(real, prompts)
-    drift = drift_report(shown, asked)
     length = {"seconds": len(videos[0]) / FPS, "prompts": len(prompts)}
-    return {
-        "drift": {**length, **drift, "flicker": flicker(videos, spec), "following": _following(shown)},
-        "motion": motion_report(shown, asked),
-    }
+    jumps = [jump(video, spec) for video in videos]
+    ceiling = {**drift_report(asked, asked), "flicker": flicker(real_jumps)}
+    drift = {**drift_report(shown, asked), "flicker": flicker(jumps), "following": _following(shown), "real": ceiling}
+    motion = {"videos": sum(map(moves, prompts)), **motion_report(shown, asked)}
+    return {"drift": {**length, **drift}, "motion": motion}
 
 
 def _following(windows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -164,8 +149,14 @@ def sharpness(folder: Path, judge: Judge, size: tuple[int, int], clips: int) -> 
     return {"psnr": {"wan": None, "taehv": None, **decoder_psnr(decoders, encode, real)}, "psnr_encoder": name}
 
 
-def notes(generator: Generator, prompts: Sequence[Prompt], size: tuple[int, int]) -> list[str]:
-    """What makes the scores less sure: one sentence each."""
+def notes(
+    generator: Generator, prompts: Sequence[Prompt], size: tuple[int, int], in_file: int | None = None
+) -> list[str]:
+    """What makes the scores less sure: one sentence each.
+
+    Args:
+        in_file: how many prompts the prompt file holds; None: there is none.
+    """
     found = []
     if size != (HEIGHT, WIDTH):
         found.append(
@@ -179,6 +170,11 @@ def notes(generator: Generator, prompts: Sequence[Prompt], size: tuple[int, int]
         )
     if not any(prompt.stated for prompt in prompts):
         found.append("No prompt states anything that the probe could read: prompt following is not scored.")
+    if in_file is not None and in_file > len(prompts):
+        found.append(
+            f"The prompt file holds {in_file} prompts, of which only the first {len(prompts)} were scored: "
+            f"--prompts {in_file} scores them all."
+        )
     return found
 
 
@@ -195,12 +191,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     transformers_logging.disable_progress_bar()
     generator = SelfForcingPipeline.from_pretrained(options.model)
+    in_file = None
     if options.prompts_file is None:
-        prompts = plan_prompts(options.prompts, options.seed)
-        long_prompts = plan_prompts(options.long_prompts, options.seed + 1)
+        prompts = plan_scored(options.prompts, options.seed)
+        long_prompts = plan_long(options.long_prompts, options.seed + 1)
     else:
         tokenizer, length = generator.text.tokenizer, generator.spec.text_len
-        prompts = read_prompts(options.prompts_file, tokenizer, length, options.seed)[: options.prompts]
+        listed = read_prompts(options.prompts_file, tokenizer, length, options.seed)
+        in_file, prompts = len(listed), listed[: options.prompts]
         long_prompts = prompts[: options.long_prompts]
     report: dict[str, Any] = {"model": generator.spec.name, "prompts": len(prompts)}
     fps = frames_per_second(generator, prompts[0], min(FPS_SECONDS, options.long_seconds), options.taehv)
@@ -211,7 +209,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         report |= follow_prompts(film, judge.probe, prompts, sheets[0])
         report |= follow_time(film, generator.spec, judge.probe, long_prompts, options.long_seconds, sheets[-1])
     report |= sharpness(options.model, judge, report["size"], min(PSNR_CLIPS, len(prompts)))
-    told = notes(generator, prompts, report.pop("size"))
+    told = notes(generator, prompts, report.pop("size"), in_file)
     return report | {
         "fps": fps,
         "probe_held_out": judge.held_out,
@@ -232,8 +230,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts-file",
         type=Path,
-        help="a text file with one prompt a line, instead of captions of held-out combinations; what a line states is "
-        "read from its words, and only that is scored",
+        help="a text file with one prompt a line, instead of held-out combinations and phrasings; what a line states "
+        "is read from its words, and only that is scored",
     )
     parser.add_argument("--long-prompts", type=count(0), default=8, help="long videos, for drift and motion; 0: none")
     parser.add_argument("--long-seconds", type=float, default=60.0, help="their length")

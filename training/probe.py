@@ -169,11 +169,6 @@ class AttributeProbe(nn.Module):
         attributes["motion"] = motion.direction
         return WindowReading(attributes, float(seen.float().mean()), x, y, motion.speed)
 
-    def read_windows(self, frames: Array, window: int = WINDOW) -> list[WindowReading]:
-        """Read a video window by window; a rest shorter than a window is left out unless it is all there is."""
-        starts = range(0, max(1, len(frames) - window + 1), window)
-        return [self.read(frames[start : start + window]) for start in starts]
-
 
 def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Frames [N, 3, H, W] at another height and width."""

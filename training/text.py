@@ -104,7 +104,7 @@ class CaptionBatch:
 
 
 class CaptionSampler:
-    """Draws random captions; a share of them has words in it that the tokenizer does not know."""
+    """Draws random captions of what is not kept for judging; a share has words that the tokenizer does not know."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, unknown_share: float) -> None:
         self.tokenizer, self.unknown_share = tokenizer, unknown_share
@@ -113,7 +113,7 @@ class CaptionSampler:
     def batch(self, size: int) -> CaptionBatch:
         captions, stated = [], []
         for _ in range(size):
-            caption, states = make_caption(sample_params(self.rng), self.rng)
+            caption, states = make_caption(sample_params(self.rng, split="train"), self.rng)
             captions.append(self._with_unknown(caption) if self.rng.random() < self.unknown_share else caption)
             stated.append(states)
         encoded = self.tokenizer(
