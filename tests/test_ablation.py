@@ -35,7 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ablation")
     world = make_world(place / "world")
     run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "ode_pairs", run__steps=1))
-    run_stage("ode", stage_settings("ode", world, world / "ode", run__steps=1, pairs=str(world / "ode_pairs")))
+    changes = {"run__steps": 1, "run__batch": 2, "pairs": str(world / "ode_pairs")}
+    run_stage("ode", stage_settings("ode", world, world / "ode", **changes))
     torch.manual_seed(0)
     save_judge(world / "judge", AttributeProbe(), PatchPCA.load(world / "pca.npz"), {})
     configs = place / "configs"
@@ -160,6 +161,8 @@ def test_steps_follow_from_what_they_cost(world: Path, tmp_path: Path, monkeypat
     assert ablation.Ablation(ablation.parse(given)).plan() == plan
     with pytest.raises(ablation.TrainingError, match="another budget: minutes was 10"):
         ablation.Ablation(ablation.parse([*given, "--minutes", "20"])).plan()
+    with pytest.raises(ablation.TrainingError, match="trained with run.batch=2, but the runs have 3"):
+        ablation.Ablation(ablation.parse([*given, "--set", "run.batch=3"])).plan()
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(

@@ -183,10 +183,28 @@ class Ablation:
                 if name not in costs:
                     costs[name] = self.cost(name)
                     path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        kept["ode_minutes"] = self.finished_steps(options.ode) * costs["ode"] if costs else 0.0
+        kept["ode_minutes"] = 0.0
+        if costs:
+            self.check_ode_batch()
+            kept["ode_minutes"] = self.finished_steps(options.ode) * costs["ode"]
         kept["steps"] = {name: self.steps(name, costs, kept["ode_minutes"]) for name in options.methods}
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         return kept
+
+    def check_ode_batch(self) -> None:
+        """What the ODE start cost is counted in steps of the runs' own size.
+
+        Raises:
+            TrainingError: its steps were of another size.
+        """
+        saved = json.loads((self.options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["batch"]
+        changes = self.changes("ode", 0, 1, self.options.ode)
+        ours = load_settings(STAGES["ode"].settings_kind, self.settings("ode"), changes).run.batch
+        if saved != ours:
+            raise TrainingError(
+                f"{self.options.ode} was trained with run.batch={saved}, but the runs have {ours}, so what it cost is "
+                f"not known: train it again with run.batch={ours}."
+            )
 
     def clock_minutes(self, method: Method) -> float:
         """Minutes by the clock that a run of a method gets."""
