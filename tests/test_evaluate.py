@@ -23,9 +23,9 @@ from training import evaluate as evaluation
 from training.asked import Prompt, plan_long, plan_prompts, plan_scored, read_prompts, stated_in
 from training.captions import make_caption
 from training.drift import drift_report, flicker, jump, measure, motion_report, rows
-from training.evaluate import follow_prompts, follow_time, score
+from training.evaluate import follow_prompts, follow_time
 from training.filming import Crew, film_with
-from training.following import standard_error
+from training.following import score, standard_error
 from training.judge import SHIPPED, load_judge, save_judge
 from training.pca import PatchPCA, read_pca, to_patches, write_pca
 from training.probe import WINDOW, AttributeProbe, WindowReading, held_out_clips

@@ -25,7 +25,7 @@ from pipeline.config import SECONDS_RANGE, ModelSpec
 from training import console
 from training.asked import Prompt, plan_long, plan_prompts, plan_scored, read_prompts
 from training.drift import drift_report, flicker, jump, measure, motion_report, moves, rows
-from training.filming import Crew, Film, Generator, film_with, frames_per_second, make_videos, real_video
+from training.filming import Crew, Film, Generator, film_with, frames_per_second, real_video
 from training.following import by_value, following, score
 from training.judge import SHIPPED, Judge, load_judge
 from training.probe import WINDOW, AttributeProbe, WindowReading
@@ -33,8 +33,6 @@ from training.report import as_table, rounded
 from training.sharpness import choose_encoder, decoder_psnr, model_decoders
 from training.sheets import save_sheet
 from training.world import ATTRIBUTES, FPS, HEIGHT, WIDTH
-
-__all__ = ["Prompt", "evaluate", "make_videos", "plan_prompts", "real_videos", "score"]
 
 Array = np.ndarray
 
@@ -54,11 +52,6 @@ class Scores:
     readings: list[WindowReading]
     shown: list[Array]
     size: tuple[int, int]
-
-
-def real_videos(prompts: Sequence[Prompt], num_frames: int = WINDOW) -> list[Array]:
-    """Rendered clips of the world's own size, uint8 [T, H, W, 3], of what the prompts ask for."""
-    return [real_video(prompt, num_frames, HEIGHT, WIDTH) for prompt in prompts]
 
 
 def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> Scores:
