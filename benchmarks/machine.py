@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from pipeline.device import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "triton", "torchao")
@@ -45,15 +46,6 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
-
-
-def processor_name() -> str:
-    """Such as `AMD EPYC 9R14`; the machine's kind where it is not told."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def usable_processors() -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,3 +39,12 @@ class DeviceFacts:
         if self.capability is not None:
             return f"a GPU of capability {self.capability[0]}.{self.capability[1]}"
         return {"cpu": "a CPU", "cuda": "an AMD GPU"}.get(self.kind, self.kind)
+
+
+def processor_name() -> str:
+    """Such as `AMD EPYC 9R14`; the machine's kind where it is not told."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

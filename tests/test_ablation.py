@@ -14,18 +14,18 @@ import torch
 
 from pipeline import SelfForcingPipeline
 from tests.training_world import SIZES, make_world, stage_settings, toml_lines
-from training import ablation
-from training.ablation_report import as_table, verdicts, write_report
+from training import ablation, ablation_budget
+from training.ablation_methods import METHODS, changes, described
+from training.ablation_report import BEGIN, END, as_table, verdicts, write_report
 from training.ablation_scores import Seen, make_template, model_folder, summary, windows_at
 from training.asked import plan_prompts
 from training.curves import COLOURS, Panel, draw
-from training.document import BEGIN, END
 from training.filming import film_together, make_videos
 from training.judge import save_judge
 from training.pca import PatchPCA
 from training.probe import READ, AttributeProbe
-from training.settings_file import as_plain, load_settings
-from training.stages import STAGES, run_stage
+from training.settings_file import as_plain
+from training.stages import run_stage
 from training.world import ATTRIBUTES
 
 
@@ -35,8 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ablation")
     world = make_world(place / "world")
     run_stage("ode_pairs", stage_settings("ode_pairs", world, world / "ode_pairs", run__steps=1))
-    changes = {"run__steps": 1, "run__batch": 2, "pairs": str(world / "ode_pairs")}
-    run_stage("ode", stage_settings("ode", world, world / "ode", **changes))
+    start = {"network__init": str(world), "pairs": str(world / "ode_pairs")}
+    run_stage("ode", stage_settings("ode", world, world / "ode", run__steps=1, run__batch=2, **start))
     torch.manual_seed(0)
     save_judge(world / "judge", AttributeProbe(), PatchPCA.load(world / "pca.npz"), {})
     configs = place / "configs"
@@ -64,20 +64,13 @@ def arguments(world: Path, out: Path, *more: str) -> list[str]:
 
 def test_settings_of_every_method_are_accepted_by_the_real_files() -> None:
     options = ablation.parse(["--configs", "training/configs"])
-    study = object.__new__(ablation.Ablation)
-    study.options = options
-    for name, method in ablation.METHODS.items():
-        kind = STAGES[method.stage].settings_kind
-        settings = load_settings(kind, study.settings(name), study.changes(name, 1, 7, Path("runs/x")))
-        assert settings.run.steps == 7 and settings.network.sizes is None
-        assert settings.network.init.endswith("ode" if method.from_ode else "short")
-    assert (
-        settings.clips.folder
-        and load_settings(
-            STAGES["causal"].settings_kind, study.settings("teacher"), study.changes("teacher", 0, 1, Path("x"))
-        ).forcing
-        == "teacher"
-    )
+    found = {}
+    for name, method in METHODS.items():
+        found[name] = described(options, name, changes(options, name, 1, 7, Path("runs/x")))["settings"]
+        assert found[name]["run"]["steps"] == 7 and found[name]["network"]["sizes"] is None
+        assert found[name]["network"]["init"].endswith("ode" if method.from_ode else "short")
+    assert found["teacher"]["forcing"] == "teacher" and found["teacher"]["clips"]["later_windows"] == 0
+    assert found["gan"]["critic_warmup"] == found["dmd"]["critic_warmup"] == found["sid"]["critic_warmup"]
 
 
 def test_trains_judges_writes_and_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,17 +145,20 @@ def test_steps_follow_from_what_they_cost(world: Path, tmp_path: Path, monkeypat
         steps = next(int(change[10:]) for change in changes if change.startswith("run.steps="))
         return 7.0 + steps * costs[name]  # starting a program costs, too, and is no step's
 
-    monkeypatch.setattr(ablation, "launch", launch)
+    monkeypatch.setattr(ablation_budget, "launch", launch)
     given = arguments(world, tmp_path / "out", "--minutes", "10", "--methods", "teacher", "ode", "dmd")
-    plan = ablation.Ablation(ablation.parse(given)).plan()
+    plan = ablation.Ablation(ablation.parse(given)).budget.plan()
     assert plan["ode_minutes"] == 0.125  # the start took one step
     assert plan["steps"] == {"teacher": 40, "ode": 80, "dmd": 19}
-    monkeypatch.setattr(ablation, "launch", lambda *_: pytest.fail("it is measured once"))
-    assert ablation.Ablation(ablation.parse(given)).plan() == plan
+    monkeypatch.setattr(ablation_budget, "launch", lambda *_: pytest.fail("it is measured once"))
+    assert ablation.Ablation(ablation.parse(given)).budget.plan() == plan
     with pytest.raises(ablation.TrainingError, match="another budget: minutes was 10"):
-        ablation.Ablation(ablation.parse([*given, "--minutes", "20"])).plan()
-    with pytest.raises(ablation.TrainingError, match="trained with run.batch=2, but the runs have 3"):
-        ablation.Ablation(ablation.parse([*given, "--set", "run.batch=3"])).plan()
+        ablation.Ablation(ablation.parse([*given, "--minutes", "20"])).budget.plan()
+    with pytest.raises(ablation.TrainingError, match=r"another budget: set was \[\]"):
+        ablation.Ablation(ablation.parse([*given, "--set", "generator_every=2"])).budget.plan()
+    for other, said in ((["--set", "run.batch=3"], r"run\.batch was 2"), (["--start", str(world / "ode")], "init was")):
+        with pytest.raises(ablation.TrainingError, match=f"not one for these runs: .*{said}"):
+            ablation.Ablation(ablation.parse([*given, *other])).budget.plan()
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(
@@ -171,14 +167,17 @@ def test_a_finished_run_with_other_settings_is_not_taken(
     given = arguments(world, tmp_path / "out", "--steps", "2", "--methods", "teacher")
     study = ablation.Ablation(ablation.parse(given))
     run = tmp_path / "out" / "teacher-3"
-    settings = load_settings(
-        STAGES["causal"].settings_kind, study.settings("teacher"), study.changes("teacher", 3, 2, run)
-    )
     run.mkdir()
-    (run / "settings.json").write_text(json.dumps({"stage": "causal", "settings": as_plain(settings)}))
-    assert study.train("teacher", 3, 2) == (run, 0.0)
-    assert ablation.main([*given, "--set", "optimizer.rate=0.5"]) == 2
-    assert "trained with other settings: optimizer.rate was" in capsys.readouterr().err
+    settings = described(study.options, "teacher", changes(study.options, "teacher", 3, 2, run))
+    (run / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ablation.WeightsError, match="minutes.json is missing"):
+        study.train("teacher", 3, 2)
+    (tmp_path / "out" / "teacher-3-minutes.json").write_text("12.5")
+    assert study.train("teacher", 3, 2) == (run, 12.5)
+    settings["settings"]["optimizer"]["rate"] = 0.5
+    (run / "settings.json").write_text(json.dumps(settings))
+    assert ablation.main(given) == 2
+    assert "trained with other settings: optimizer.rate was 0.5" in capsys.readouterr().err
 
 
 def test_the_time_of_a_run_that_was_broken_off_counts(
@@ -214,7 +213,9 @@ def test_teacher_forcing_is_judged_on_the_context_it_learnt_from(world: Path, tm
     [
         ("--ode", "settings.json is missing: run python -m training ode first"),
         ("--pairs", "is missing: run python -m training ode_pairs first"),
-        ("--data", "latents.npy is missing: run python -m training.data first"),
+        ("--data", "text is missing: run python -m training.text first"),
+        ("--start", "holds no transformer: there is no such folder"),
+        ("--teacher", "holds no transformer: there is no such folder"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_trained(
@@ -249,8 +250,8 @@ def test_the_same_videos_are_no_distance_apart() -> None:
     assert summary(moved, seen)["at"]["5"]["distance"] == pytest.approx(4)
 
 
-def scores(quality: float, distance: float = 1.0) -> dict:
-    at = {"5": {"following": 0.9, "quality": quality, "motion": 1.0, "distance": distance}}
+def scores(quality: float, distance: float = 1.0, motion: float = 1.0) -> dict:
+    at = {"5": {"following": 0.9, "quality": quality, "motion": motion, "distance": distance}}
     curves = {"quality": [1.0, quality], "following": [0.9, None], "motion": [1.0, 0.5]}
     return {"fps": 30.0, "minutes": 29.5, "steps": 70, "at": at, "curves": curves, "seconds": [1.0, 3.0]}
 
@@ -259,16 +260,15 @@ def test_report_says_what_held(tmp_path: Path) -> None:
     results = {
         "Teacher forcing": {0: scores(0.5), 1: scores(0.6)},
         "ODE regression": {0: scores(0.75), 1: scores(0.8)},
-        "Self-Forcing, DMD": {0: scores(0.7, 2.0), 1: scores(0.9, 2.0)},
+        "Diffusion forcing": {0: scores(0.7, 2.0, 1.4), 1: scores(0.7, 2.0, 0.6)},
+        "Self-Forcing, DMD": {0: scores(0.7, 2.0, 1.2), 1: scores(0.9, 2.0, 0.9)},
         "Real clips": {0: scores(1.0, 0.1)},
     }
     lines = verdicts(results)
-    assert lines[1] == (
-        "* Self-Forcing, DMD, quality at 5 s: better than Teacher forcing; undecided against ODE regression."
-    )
-    by_measure = {line.split(",")[2].split(" at ")[0].strip(): line for line in lines}
-    assert by_measure["distance"].endswith("at 5 s: worse than Teacher forcing, ODE regression.")
-    assert by_measure["motion"].endswith("undecided against Teacher forcing, ODE regression.")
+    said = {line.split(",")[2].split(" at ")[0].strip(): line.split(": ")[1] for line in lines}
+    assert said["quality"] == "better than Teacher forcing; undecided against ODE regression, Diffusion forcing."
+    assert said["distance"] == "worse than Teacher forcing, ODE regression; undecided against Diffusion forcing."
+    assert said["motion"] == "better than Diffusion forcing; worse than Teacher forcing, ODE regression."
     for order in ((0, 1), (1, 0)):  # what could not be measured says nothing, whichever seed it is
         unknown = dict(zip(order, (scores(math.nan), scores(0.1)), strict=True))
         assert "undecided against Teacher forcing" in verdicts({**results, "Teacher forcing": unknown})[1]
@@ -276,18 +276,17 @@ def test_report_says_what_held(tmp_path: Path) -> None:
     assert row == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_report(document, results, ablation.parse([]))
+    write_report(document, results, ablation.parse(["--set", "run.batch=3"]), "a machine")
     assert "old" not in document.read_text() and "30 processor minutes a run" in document.read_text()
+    assert "Made with `--set run.batch=3` on a machine." in document.read_text()
     document.write_text("no place")
     with pytest.raises(ablation.TrainingError, match="has no place"):
-        write_report(document, results, ablation.parse([]))
+        write_report(document, results, ablation.parse(["--set", "run.batch=3"]), "a machine")
 
 
 def test_all_curves_of_a_whole_ablation_have_colours_of_their_own() -> None:
     names = [
-        method.label + more
-        for method in ablation.METHODS.values()
-        for more in ("", ", 16 steps")[: 1 + bool(method.many_steps)]
+        method.label + more for method in METHODS.values() for more in ("", ", 16 steps")[: 1 + bool(method.many_steps)]
     ]
     assert len(set(COLOURS)) == len(COLOURS) >= len([*names, "Real clips"])
 

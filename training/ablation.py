@@ -10,19 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.cli import check_device
 from pipeline.errors import TrainingError, WeightsError
+from pipeline.folder import INDEX_FILE
 from training import console
+from training.ablation_budget import Budget, finished_steps
+from training.ablation_methods import METHODS, Method, changes, described, settings_file
 from training.ablation_report import write_report
 from training.ablation_scores import (
     Seen,
@@ -36,66 +37,20 @@ from training.ablation_scores import (
     summary,
 )
 from training.asked import plan_prompts
-from training.checkpoints import SETTINGS_FILE, newest_checkpoint, what_is_learnt
+from training.checkpoints import SETTINGS_FILE, what_is_learnt
 from training.files import write_whole
 from training.judge import SHIPPED, load_judge
-from training.launching import children_minutes, launch, value
+from training.launching import children_minutes, launch
+from training.network import transformer_folder
 from training.report import rounded
-from training.settings_file import as_plain, first_difference, load_settings
-from training.stages import STAGES
+from training.settings_file import first_difference
 from training.videos import LATENTS_FILE
 from training.world import FPS
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 21
-CALIBRATION_STEPS = (2, 6)
-"""A stage is run for so many steps twice; what the second takes longer is what its further steps cost."""
 FPS_SECONDS = 5.0
-MANY_STEPS = 10**7
-"""What a run that ends by the clock has for `run.steps`."""
-
-# Whole windows only, for the network has been through the shorter ones when it comes here; and only from a clip's
-# beginning, as the rollouts of the others are.
-_WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "clips.later_windows=0", "optimizer.average_decay=0.98")
-
-# The paper's own: rollouts as long as the clips. It also makes them those of the GAN, whose real clips are no longer.
-_SHORT_ROLLOUTS = ("rollout.long_share=0",)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to train: a stage, its settings file, what differs from the file, and how it is sampled.
-
-    Attributes:
-        from_ode: begins where ODE regression ended; what that cost is part of its budget.
-        many_steps: it learnt no few-step sampling, so it is also judged with that many steps; 0: it is not.
-        clean_context: it learnt from finished blocks without noise, so that is what it gets when it is judged.
-    """
-
-    label: str
-    stage: str
-    changes: tuple[str, ...] = ()
-    from_ode: bool = False
-    many_steps: int = 0
-    clean_context: bool = False
-
-
-METHODS = {
-    "teacher": Method(
-        "Teacher forcing",
-        "causal",
-        (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"),
-        many_steps=16,
-        clean_context=True,
-    ),
-    "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, "forcing=diffusion"), many_steps=16),
-    "ode": Method("ODE regression", "ode"),
-    "dmd": Method("Self-Forcing, DMD", "dmd", _SHORT_ROLLOUTS, from_ode=True),
-    "sid": Method("Self-Forcing, SiD", "sid", _SHORT_ROLLOUTS, from_ode=True),
-    # The critic's start as short as the others': the file's own would take much of a short budget.
-    "gan": Method("Self-Forcing, GAN", "gan", ("critic_warmup=8",), from_ode=True),
-}
 
 
 class Ablation:
@@ -105,6 +60,7 @@ class Ablation:
         self.options = options
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
+        self.budget = Budget(options)
         self.check_folders()
         check_device(options.device)
         self.probe = load_judge(options.probe).probe
@@ -118,29 +74,43 @@ class Ablation:
             WeightsError: naming the first that is missing, and what makes it.
         """
         options = self.options
-        needed = {
-            options.data / LATENTS_FILE: "python -m training.data",
-            options.data / "vae": "python -m training.decoders --kind wan",
-            options.data / "taehv": "python -m training.decoders --kind taehv",
-            options.start: "python -m training causal",
-            options.teacher: "python -m training causal",
-            options.pairs: "python -m training ode_pairs",
-            options.ode / SETTINGS_FILE: "python -m training ode",
-        }
+        needed = {options.ode / SETTINGS_FILE: "python -m training ode"}
+        if not (self.out / "template" / INDEX_FILE).is_file():
+            needed |= {
+                options.data / "text": "python -m training.text",
+                options.data / "vae": "python -m training.decoders --kind wan",
+                options.data / "taehv": "python -m training.decoders --kind taehv",
+            }
+        finished = all((self.folder(name, seed) / SETTINGS_FILE).is_file() for name, seed in self.runs())
+        if not finished:
+            needed |= {
+                options.data / LATENTS_FILE: "python -m training.data",
+                options.pairs: "python -m training ode_pairs",
+            }
         for path, command in needed.items():
             if not path.exists():
                 raise WeightsError(f"{path} is missing: run {command} first, as docs/ablation.md says.")
+        if not finished:
+            for network in (options.start, options.teacher):
+                transformer_folder(str(network))
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Method and seed of each."""
+        return [(name, seed) for name in self.options.methods for seed in self.options.seeds]
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / f"{name}-{seed}"
 
     def run(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Label of a method -> seed -> scores, in the order of `METHODS`."""
-        plan = self.plan()
+        plan = self.budget.plan()
         results: dict[str, dict[int, dict[str, Any]]] = {}
         for name in self.options.methods:
             method = METHODS[name]
             for seed in self.options.seeds:
                 run, minutes = self.train(name, seed, plan["steps"][name])
                 spent = {"minutes": minutes + (plan["ode_minutes"] if method.from_ode else 0.0)}
-                spent["steps"] = self.finished_steps(run)
+                spent["steps"] = finished_steps(run)
                 for steps in self.samplings(method):
                     label = method.label + (f", {steps} steps" if steps else "")
                     results.setdefault(label, {})[seed] = spent | self.judge(run, steps, method.clean_context)
@@ -156,165 +126,38 @@ class Ablation:
         both = {"few": None, "many": method.many_steps}
         return [steps for name, steps in both.items() if steps != 0 and self.options.sampling in (name, "both")]
 
-    def plan(self) -> dict[str, Any]:
-        """Steps for each method, so that all take the same processor time; made once and kept.
-
-        Raises:
-            TrainingError: the folder was begun with another budget, or the ODE start alone takes all of it.
-        """
-        options, path = self.options, self.out / "plan.json"
-        budget = {"minutes": options.minutes, "steps": options.steps, "processes": options.processes}
-        if options.clock is not None:
-            budget = {"clock": options.clock}
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"budget": budget, "costs": {}}
-        if difference := first_difference(kept["budget"], budget):
-            raise TrainingError(f"{self.out} was begun with another budget: {difference}. Take another --out.")
-        if options.clock is not None:
-            kept["ode_minutes"] = self.ode_minutes()
-            kept["steps"] = dict.fromkeys(options.methods, MANY_STEPS)
-            if not path.is_file():
-                partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several parts may come here at once
-                partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-                partial.replace(path)
-            return kept
-        costs = kept["costs"]
-        if options.steps is None:
-            for name in dict.fromkeys(("ode", *options.methods)):
-                if name not in costs:
-                    costs[name] = self.cost(name)
-                    path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        kept["ode_minutes"] = 0.0
-        if costs:
-            self.check_ode_batch()
-            kept["ode_minutes"] = self.finished_steps(options.ode) * costs["ode"]
-        kept["steps"] = {name: self.steps(name, costs, kept["ode_minutes"]) for name in options.methods}
-        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        return kept
-
-    def check_ode_batch(self) -> None:
-        """What the ODE start cost is counted in steps of the runs' own size.
-
-        Raises:
-            TrainingError: its steps were of another size.
-        """
-        saved = json.loads((self.options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]["batch"]
-        changes = self.changes("ode", 0, 1, self.options.ode)
-        ours = load_settings(STAGES["ode"].settings_kind, self.settings("ode"), changes).run.batch
-        if saved != ours:
-            raise TrainingError(
-                f"{self.options.ode} was trained with run.batch={saved}, but the runs have {ours}, so what it cost is "
-                f"not known: train it again with run.batch={ours}."
-            )
-
-    def clock_minutes(self, method: Method) -> float:
-        """Minutes by the clock that a run of a method gets."""
-        return self.options.clock - (self.ode_minutes() if method.from_ode else 0.0)
-
-    def ode_minutes(self) -> float:
-        """Minutes by the clock that the ODE start had.
-
-        Raises:
-            TrainingError: it was not trained by the clock, or had all of the budget.
-        """
-        run = json.loads((self.options.ode / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["run"]
-        if run.get("schedule") != "minutes":
-            raise TrainingError(
-                f"{self.options.ode} was not trained by the clock, so --clock cannot take its time off: train it with "
-                'run.schedule="minutes" and run.minutes.'
-            )
-        if run["minutes"] >= self.options.clock:
-            raise TrainingError(
-                f"The ODE start took {run['minutes']:g} minutes, which leaves nothing of the {self.options.clock:g} of "
-                "--clock: raise it."
-            )
-        return run["minutes"]
-
-    def steps(self, name: str, costs: dict[str, float], ode_minutes: float) -> int:
-        """Steps that a method's budget pays for, after the ODE start if it begins there."""
-        if self.options.steps is not None:
-            return self.options.steps
-        method = METHODS[name]
-        left = self.options.minutes - (ode_minutes if method.from_ode else 0.0)
-        if left < costs[name]:
-            raise TrainingError(
-                f"The ODE start took {ode_minutes:.1f} processor minutes, which leaves nothing of the "
-                f"{self.options.minutes:g} for {method.label}: raise --minutes."
-            )
-        return int(left / costs[name])
-
-    def cost(self, name: str) -> float:
-        """Processor minutes of one step of a method's stage."""
-        logger.info("measuring what a step of %s costs", name)
-        few, many = CALIBRATION_STEPS
-        with tempfile.TemporaryDirectory(dir=self.out) as place:
-            took = []
-            for count in (few, many):
-                changes = self.changes(name, 0, count, Path(place) / str(count))
-                if METHODS[name].from_ode:
-                    changes.append("critic_warmup=0")  # with the generator's turns from the first step on
-                took.append(launch(METHODS[name].stage, self.settings(name), changes, self.options.processes))
-        return max(took[1] - took[0], 1e-6) / (many - few)
-
-    def settings(self, name: str) -> Path:
-        return self.options.configs / f"embedded_{METHODS[name].stage}.toml"
-
-    def changes(self, name: str, seed: int, steps: int, out: Path) -> list[str]:
-        """What differs from the settings file."""
-        options, method = self.options, METHODS[name]
-        changes = [value("run.out", out), f"run.seed={seed}", f"run.steps={steps}", "run.sheet_every=0"]
-        changes.append("run.compile=false")  # its one-off cost would spoil what a step is measured to cost
-        # The whole section: a file that describes a fresh network has sizes there.
-        changes.append(f"network={{init={json.dumps(str(options.ode if method.from_ode else options.start))}}}")
-        changes += method.changes
-        if options.clock is not None:
-            changes += [
-                f"run.minutes={self.clock_minutes(method)}",
-                'run.schedule="minutes"',
-                f"run.checkpoint_every={MANY_STEPS}",
-            ]
-        if method.stage in ("dmd", "sid"):
-            changes.append(value("score.teacher.init", options.teacher))
-        if method.stage == "ode":
-            changes.append(value("pairs", options.pairs))
-        return [*changes, *options.set]
-
     def train(self, name: str, seed: int, steps: int) -> tuple[Path, float]:
         """The folder of a finished run, and the minutes it took over all its starts: of the processor or the clock.
 
         Raises:
             TrainingError: it failed, or the folder holds a run with other settings.
+            WeightsError: a finished run has lost the file with its minutes.
         """
-        run, spent = self.out / f"{name}-{seed}", self.out / f"{name}-{seed}-minutes.json"
-        taken = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
-        changes = self.changes(name, seed, steps, run)
+        run, method = self.folder(name, seed), METHODS[name]
+        spent = run.with_name(f"{run.name}-minutes.json")
+        clock = self.budget.clock(method)
+        wanted = changes(self.options, name, seed, steps, run, clock)
         if (run / SETTINGS_FILE).is_file():
-            kind = STAGES[METHODS[name].stage].settings_kind
-            ours = {"settings": as_plain(load_settings(kind, self.settings(name), changes))}
             saved = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))
+            ours = described(self.options, name, wanted)
             if difference := first_difference(what_is_learnt(saved), what_is_learnt(ours)):
                 raise TrainingError(f"{run} was trained with other settings: {difference}. Take another --out.")
-            return run, taken
-        logger.info("%s, seed %d: %d steps", METHODS[name].label, seed, steps)
+            if not spent.is_file():
+                raise WeightsError(f"{spent} is missing, which says what {run.name} took: bring it, or delete {run}.")
+            return run, json.loads(spent.read_text(encoding="utf-8"))
+        logger.info("%s, seed %d: %d steps", method.label, seed, steps)
+        taken = json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
         before = children_minutes()
         try:
-            launch(METHODS[name].stage, self.settings(name), changes, self.options.processes)
+            launch(method.stage, settings_file(self.options, name), wanted, self.options.processes)
         finally:  # a run that was broken off has used them, too
             taken += children_minutes() - before
             write_whole(spent, json.dumps(taken))
-        if self.options.clock is not None:
-            taken = self.clock_minutes(METHODS[name])
+        if clock is not None:
+            taken = clock
             write_whole(spent, json.dumps(taken))
-        write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(self.finished_steps(run)))
+        write_whole(run.with_name(f"{run.name}-steps.json"), json.dumps(finished_steps(run)))
         return run, taken
-
-    def finished_steps(self, run: Path) -> int:
-        """Steps of a finished run, which time may have ended before its settings did."""
-        newest = newest_checkpoint(run)
-        counted = run.with_name(f"{run.name}-steps.json")
-        if newest is None and counted.is_file():  # a run that was brought from elsewhere, without its weights
-            return json.loads(counted.read_text(encoding="utf-8"))
-        settings = json.loads((run / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]
-        return settings["run"]["steps"] if newest is None else int(newest.name.removeprefix("step-"))
 
     @cached_property
     def real(self) -> Seen:
@@ -336,8 +179,10 @@ class Ablation:
         """Frames a second with so many denoising steps. The same for all methods: their networks are alike."""
         path = self.out / f"fps{f'-{steps}steps' if steps else ''}.json"
         if not path.is_file():
-            folder = model_folder(self.options.ode, self.template, self.out / "models" / "fps", steps)
-            path.write_text(json.dumps(speed(folder, self.prompts[0], min(FPS_SECONDS, self.options.seconds[-1]))))
+            with tempfile.TemporaryDirectory(dir=self.out) as place:
+                folder = model_folder(self.options.ode, self.template, Path(place) / "model", steps)
+                frames = speed(folder, self.prompts[0], min(FPS_SECONDS, self.options.seconds[-1]))
+            write_whole(path, json.dumps(frames))
         return json.loads(path.read_text(encoding="utf-8"))
 
     def judge(self, run: Path, steps: int | None, clean_context: bool) -> dict[str, Any]:
@@ -417,9 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def work() -> None:
-        results = Ablation(options).run()
+        study = Ablation(options)
+        results = study.run()
         if not options.part:
-            write_report(options.document, results, options)
+            write_report(options.document, results, options, study.budget.plan()["machine"])
 
     return console.run(work)
 

@@ -8,18 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.machine import processor_name
 from pipeline.errors import TrainingError
 from training.curves import Panel, draw
-from training.document import BEGIN, END, put_into
+from training.document import put_into
 from training.drift import mean_of
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Label of a method -> seed -> scores."""
 
 PICTURE = "images/ablation.svg"
+BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 MEASURES = {"following": "prompt following", "quality": "quality", "motion": "motion", "distance": "distance"}
 BETTER: dict[str, Callable[[float], float]] = {
     "following": lambda value: value,
@@ -101,16 +99,7 @@ def panels(results: Results) -> tuple[list[Panel], list[float]]:
     return cut, next(iter(next(iter(results.values())).values()))["seconds"][:shortest]
 
 
-def _made_with(options: argparse.Namespace) -> str:
-    """What a reader needs to make it again."""
-    changed = " ".join(f"`{change}`" for change in options.set)
-    return (
-        f"Settings that differ from the files, besides those below: {changed or 'none'}. "
-        f"{processor_name()}, torch {torch.__version__}."
-    )
-
-
-def write_report(document: Path, results: Results, options: argparse.Namespace) -> None:
+def write_report(document: Path, results: Results, options: argparse.Namespace, machine: str) -> None:
     """Put table, verdicts and curves into the document; a document that does not exist is begun.
 
     Raises:
@@ -124,8 +113,8 @@ def write_report(document: Path, results: Results, options: argparse.Namespace) 
         budget = f"{options.steps} steps"
     spread = mean_of(len(seeds) for label, seeds in results.items() if label != REAL)
     text = (
-        f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all. {_made_with(options)}"
-        "\n\n"
+        f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all. "
+        f"Made with `--set {' '.join(options.set)}` on {machine}.\n\n"
         f"{as_table(results)}\n\n![Curves by second]({PICTURE})\n\n" + "\n".join(verdicts(results))
     )
     try:
@@ -134,6 +123,6 @@ def write_report(document: Path, results: Results, options: argparse.Namespace) 
         picture.write_text(draw(charts, seconds, "seconds"), encoding="utf-8")
         if not document.is_file():
             document.write_text(f"# Ablation\n\n{BEGIN}\n{END}\n", encoding="utf-8")
-        put_into(document, text)
+        put_into(document, text, BEGIN, END)
     except OSError as error:
         raise TrainingError(f"The results could not be written to {document}: {error.strerror}.") from error

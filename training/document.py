@@ -6,11 +6,8 @@ from pathlib import Path
 
 from pipeline.errors import TrainingError
 
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
-"""The ablation's."""
 
-
-def put_into(document: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+def put_into(document: Path, text: str, begin: str, end: str) -> None:
     """Replace what stands between two lines of a document.
 
     Raises:

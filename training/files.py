@@ -29,7 +29,7 @@ def claim_folder(name: str, folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and move it there when it is on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write the same one at this moment
     try:
         partial.write_text(text, encoding="utf-8")
         settle(partial)

@@ -26,6 +26,7 @@ from pipeline.folder import ModelFolder
 from pipeline.rotary import to_device
 from pipeline.sampler import block_noise
 from pipeline.text import TextEncoder
+from pipeline.wan_layers import speed_up
 from training.asked import Prompt
 from training.rollout import Rollout, RolloutPlan
 from training.settings import RolloutSettings
@@ -96,6 +97,7 @@ def film_together(folder: Path, device: torch.device | str) -> Film:
     if spec.first_block_steps is not None:
         raise WeightsError(f"{spec.name} takes other steps for its first block; make its videos one by one.")
     network, vae = (source.load(name, torch.float32).to(device) for name in ("transformer", "vae"))
+    speed_up(vae)
     text = TextEncoder(source.load("text_encoder", torch.float32).to(device), source.load_tokenizer(), spec.text_len)
     shape = spec.latent_shape(network.config.in_channels)
 
