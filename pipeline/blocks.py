@@ -92,5 +92,5 @@ class StreamingPipeline(Protocol):
         """Option name (`taehv`, `fp8`, `compile`) -> one sentence why it cannot work here."""
 
     # What else a pipeline may have, and need not: `preset`, `warm_up()`, `compile_state(request)` and
-    # `learning_request(request)`, see `SelfForcingPipeline`; `compiled.waits`, see `CompiledRuns`; `close(timeout)`,
-    # told when the model is given up.
+    # `learning_request(request)`, see `SelfForcingPipeline`; `compiled.waits` and `compiled.on_progress`, see
+    # `CompiledRuns`; `close(timeout)`, told when the model is given up.

@@ -398,7 +398,7 @@ def tell_compiling(pipeline: StreamingPipeline, bar: Any) -> None:
         left = "" if state.seconds_left is None else f", about {state.seconds_left:.0f} s left"
         bar.set_description(f"torch.compile: {state.done} of {state.total}{left}")
 
-    if hasattr(pipeline, "compiled"):
+    if hasattr(getattr(pipeline, "compiled", None), "on_progress"):
         cast(Any, pipeline).compiled.on_progress = tell
 
 

@@ -2,7 +2,7 @@
 # The ablation of docs/ablation.md side by side on one GPU, beside scripts/train_on_gpu.sh or after it:
 #   OUT=folder scripts/ablation_on_gpu.sh
 # Needs the clips and, later, the base of train_on_gpu.sh, and a core for each run. Leaves ablation/ and ode/ in $OUT:
-# with the first as runs/ablation and the second as training/cache/ode beside a data set, `python -m training.ablation`
+# with the first as runs/ablation and the second as training/cache/ode beside text/, vae/ and taehv/, `python -m training.ablation`
 # with the same --clock, --prompts, --seeds and --set writes the report. Exits with 1 if a part failed.
 set -euo pipefail
 : "${OUT:?is empty, but must be a folder}" "${PYTHON:=python3}" "${CACHE:=training/cache}" "${RUNS:=runs/ablation}"
