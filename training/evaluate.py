@@ -40,7 +40,7 @@ SHEET_CLIPS, PSNR_CLIPS, PSNR_SEED, FPS_SECONDS = 24, 20, 900, 5.0
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClipReadings:
     """What is read from one clip for each prompt.
 
     Attributes:
@@ -54,7 +54,7 @@ class Scores:
     size: tuple[int, int]
 
 
-def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> Scores:
+def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> ClipReadings:
     """The first window of each video, read as it comes: not all of them fit in memory."""
     readings, shown, size = [], [], (0, 0)
     for video in videos:
@@ -62,7 +62,7 @@ def read_clips(probe: AttributeProbe, videos: Iterable[Array]) -> Scores:
         size = (video.shape[1], video.shape[2])
         if len(shown) < SHEET_CLIPS:
             shown.append(video)
-    return Scores(readings, shown, size)
+    return ClipReadings(readings, shown, size)
 
 
 def follow_prompts(film: Film, probe: AttributeProbe, prompts: Sequence[Prompt], sheet: Path | None) -> dict[str, Any]:
