@@ -172,7 +172,7 @@ def notes(
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the videos and score them; see the README for what is in the report.
+    """Make the videos and score them; see docs/training.md for what is in the report.
 
     Raises:
         SelfForcingError: the model, the probe or the prompts cannot be used.
