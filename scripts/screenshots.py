@@ -121,6 +121,7 @@ def take_pictures(page: Page, start: Path, may_load: threading.Event, worker: Mo
     page.get_by_role("button", name="Advanced").click()
     somebody = worker.submit(GenerationRequest(prompt="a blue ball", seconds=1))
     page.get_by_role("button", name="Generate").click()
+    page.evaluate("scrollTo(0, 0)")  # the menu's picture has moved the page
     list(somebody)
     page.wait_for_function("document.querySelector('video')?.currentTime > 1.2", timeout=120_000)
     picture("streaming", 0)
