@@ -101,9 +101,14 @@ class Ablation:
     def folder(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-{seed}"
 
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """See `Budget.plan`."""
+        return self.budget.plan()
+
     def run(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Label of a method -> seed -> scores, in the order of `METHODS`."""
-        plan = self.budget.plan()
+        plan = self.plan
         results: dict[str, dict[int, dict[str, Any]]] = {}
         for name in self.options.methods:
             method = METHODS[name]
@@ -195,9 +200,7 @@ class Ablation:
             model_folder(run, self.template, folder, steps, clean_context)
             scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.device)
             shutil.rmtree(folder)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(rounded(scores)), encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(rounded(scores)))
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -265,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = Ablation(options)
         results = study.run()
         if not options.part:
-            write_report(options.document, results, options, study.budget.plan()["machine"])
+            write_report(options.document, results, options, study.plan["machine"])
 
     return console.run(work)
 
