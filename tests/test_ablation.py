@@ -82,6 +82,8 @@ def test_trains_judges_writes_and_goes_on(world: Path, tmp_path: Path, monkeypat
         "Teacher forcing, seed 3",
         "Teacher forcing, 16 steps, seed 3",
         "Self-Forcing, SiD, seed 3",
+        "The start itself",
+        "The start itself, 16 steps",
         "Real clips",
     ):
         assert f"| {row} |" in text
@@ -105,8 +107,9 @@ def test_parts_are_made_side_by_side_and_put_together(
     (tmp_path / "ode" / "settings.json").write_text(json.dumps(ode))
     out = tmp_path / "ablation"
     given = arguments(world, out, "--ode", str(tmp_path / "ode"), "--clock", "0.03")
-    assert ablation.main([*given, "--part", "--methods"]) == 0  # real clips alone
+    assert ablation.main([*given, "--part", "--methods"]) == 0  # real clips and the start alone
     assert list(out.glob("real-*.npz")) and not (out / "ablation.md").is_file()
+    assert len(list((out / "start").glob("scores*.json"))) == 2
     monkeypatch.setattr(ablation, "see_real", lambda *_: pytest.fail("real clips are looked at once"))
     assert ablation.main([*given, "--part", "--methods", "dmd"]) == 0
     assert ablation.main([*given, "--part", "--methods", "teacher", "--sampling", "few"]) == 0
@@ -264,6 +267,7 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         "Self-Forcing, DMD": {0: scores(0.7, 2.0, 1.2), 1: scores(0.9, 2.0, 0.9)},
         "Real clips": {0: scores(1.0, 0.1)},
     }
+    assert "better than The start itself" in verdicts({**results, "The start itself": {0: scores(0.6)}})[1]
     lines = verdicts(results)
     said = {line.split(",")[2].split(" at ")[0].strip(): line.split(": ")[1] for line in lines}
     assert said["quality"] == "better than Teacher forcing; undecided against ODE regression, Diffusion forcing."
@@ -273,6 +277,7 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         unknown = dict(zip(order, (scores(math.nan), scores(0.1)), strict=True))
         assert "undecided against Teacher forcing" in verdicts({**results, "Teacher forcing": unknown})[1]
     row = as_table(results).splitlines()[2]
+    assert as_table({"The start itself, 16 steps": {0: scores(0.6)}}).count("| The start itself, 16 steps | 0.90 |") == 1
     assert row == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -288,7 +293,7 @@ def test_all_curves_of_a_whole_ablation_have_colours_of_their_own() -> None:
     names = [
         method.label + more for method in METHODS.values() for more in ("", ", 16 steps")[: 1 + bool(method.many_steps)]
     ]
-    assert len(set(COLOURS)) == len(COLOURS) >= len([*names, "Real clips"])
+    assert len(set(COLOURS)) == len(COLOURS) >= len([*names, "The start itself", "The start itself, 16 steps", "Real clips"])
 
 
 def test_curves_have_gaps_where_nothing_was_measured() -> None:

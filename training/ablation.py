@@ -24,7 +24,7 @@ from pipeline.folder import INDEX_FILE
 from training import console
 from training.ablation_budget import Budget, finished_steps
 from training.ablation_methods import METHODS, Method, changes, described, settings_file
-from training.ablation_report import write_report
+from training.ablation_report import REAL, START, write_report
 from training.ablation_scores import (
     Seen,
     load_seen,
@@ -107,7 +107,7 @@ class Ablation:
         return self.budget.plan()
 
     def run(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Label of a method -> seed -> scores, in the order of `METHODS`."""
+        """Label of a method -> seed -> scores, in the order of `METHODS`; then the start itself, and real clips."""
         plan = self.plan
         results: dict[str, dict[int, dict[str, Any]]] = {}
         for name in self.options.methods:
@@ -118,12 +118,18 @@ class Ablation:
                 spent["steps"] = finished_steps(run)
                 for steps in self.samplings(method):
                     label = method.label + (f", {steps} steps" if steps else "")
-                    results.setdefault(label, {})[seed] = spent | self.judge(run, steps, method.clean_context)
+                    results.setdefault(label, {})[seed] = spent | self.judge(run, run, steps, method.clean_context)
                     if not self.options.part:
                         results[label][seed]["fps"] = self.fps(steps)
-        real = self.real  # a part without methods makes it for the others
+        real = self.real
+        if not self.options.part or not self.options.methods:  # a part without methods does it for the others
+            for steps in self.samplings(METHODS["diffusion"]):  # as which the start was trained
+                label = START + (f", {steps} steps" if steps else "")
+                results[label] = {0: self.judge(self.options.start, self.out / "start", steps)}
+                if not self.options.part:
+                    results[label][0]["fps"] = self.fps(steps)
         if not self.options.part:
-            results["Real clips"] = {0: summary(self._real(other=True), real)}
+            results[REAL] = {0: summary(self._real(other=True), real)}
         return results
 
     def samplings(self, method: Method) -> list[int | None]:
@@ -190,14 +196,15 @@ class Ablation:
             write_whole(path, json.dumps(frames))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def judge(self, run: Path, steps: int | None, clean_context: bool) -> dict[str, Any]:
-        """Scores of a run, remembered in a file in its folder: they go when it goes."""
+    def judge(self, network: Path, kept: Path, steps: int | None, clean_context: bool = False) -> dict[str, Any]:
+        """Scores of a network, remembered in a file in the folder `kept`: a run's own, so they go when it goes."""
         options = self.options
         sampled = f"-{steps}steps" if steps else ""
-        path = run / f"scores{sampled}-{self.asked}.json"
+        path = kept / f"scores{sampled}-{self.asked}.json"
         if not path.is_file():
-            folder = self.out / "models" / f"{run.name}{sampled}"
-            model_folder(run, self.template, folder, steps, clean_context)
+            kept.mkdir(exist_ok=True)
+            folder = self.out / "models" / f"{kept.name}{sampled}"
+            model_folder(network, self.template, folder, steps, clean_context)
             scores = score_run(folder, self.probe, self.prompts, self.real, options.seconds, options.device)
             shutil.rmtree(folder)
             write_whole(path, json.dumps(rounded(scores)))

@@ -31,7 +31,11 @@ PANELS = {
     "following": "Prompt following, of 1",
     "motion": "Subjects' speed, of real clips'",
 }
-REAL = "Real clips"
+START, REAL = "The start itself", "Real clips"
+
+
+def _is_trained(label: str) -> bool:
+    return not label.startswith((START, REAL))
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -46,7 +50,7 @@ def as_table(results: Results) -> str:
     table = [header, ["---"] * len(header)]
     for label, seeds in results.items():
         for seed, scores in seeds.items():
-            name = label if label == REAL else f"{label}, seed {seed}"
+            name = f"{label}, seed {seed}" if _is_trained(label) else label
             cells = [" / ".join(number(scores["at"][mark][measure]) for mark in marks) for measure in MEASURES]
             spent = [number(scores.get(name), digits) for name, digits in (("fps", 1), ("minutes", 1), ("steps", 0))]
             table.append([name, *cells, *spent])
@@ -111,7 +115,7 @@ def write_report(document: Path, results: Results, options: argparse.Namespace, 
         budget = f"{options.clock:g} minutes by the clock"
     elif options.steps is not None:
         budget = f"{options.steps} steps"
-    spread = mean_of(len(seeds) for label, seeds in results.items() if label != REAL)
+    spread = mean_of(len(seeds) for label, seeds in results.items() if _is_trained(label))
     text = (
         f"{budget} a run, {spread:g} seeds; {options.prompts} held-out prompts, the same for all. "
         f"Made with `--set {' '.join(options.set)}` on {machine}.\n\n"

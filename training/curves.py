@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#000000", "#9c755f")
-"""Told apart by colour-blind people, too (Okabe and Ito, and a brown)."""
+COLOURS = (
+    *("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#000000"),
+    *("#9c755f", "#332288", "#b5a000"),
+)
+"""Most are told apart by colour-blind people, too: Okabe and Ito's, then a brown, an indigo and an olive."""
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP, _LINE = 360, 200, 48, 30, 44, 18
 
 
