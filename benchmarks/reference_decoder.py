@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline import wan_layers
 from pipeline.taehv import TAEHV, MemBlock, TGrow
+from pipeline.upsampling import UpsamplingConv
 
 OVERLAP = 3
 """Latents of the block before that the demo decodes once more."""
@@ -25,6 +26,7 @@ class ReferenceTaehvDecoder:
 
     def __init__(self, taehv: TAEHV) -> None:
         self.weights = self._taehv = taehv
+        self._layers = [_as_published(layer) for layer in taehv.decoder]
         self.reset()
 
     def reset(self) -> None:
@@ -36,16 +38,26 @@ class ReferenceTaehvDecoder:
         taehv = self._taehv
         behind = latents if self._before is None else torch.cat([self._before, latents], dim=1)
         memory: dict[int, Tensor] = {}
-        layers = list(taehv.decoder)
         frames: list[Tensor] = []
         for latent in behind[0].to(taehv.dtype).split(1):
-            frames += _walk(layers, 0, latent, memory)
+            frames += _walk(self._layers, 0, latent, memory)
         dropped = taehv.temporal_scale - 1
         if self._before is not None:
             dropped = taehv.temporal_scale * self._before.shape[1]
         self._before = latents[:, -OVERLAP:]
         video = F.pixel_shuffle(torch.cat(frames[dropped:]), taehv.config["patch_size"])
         return video.clamp(0, 1).unsqueeze(0)
+
+
+def _as_published(layer: nn.Module) -> nn.Module:
+    """Where frames are doubled in their code: before they are split and convolved."""
+    if isinstance(layer, nn.Identity):
+        return nn.Upsample(scale_factor=2)
+    if isinstance(layer, UpsamplingConv):
+        plain = copy.copy(layer)
+        plain.__class__ = nn.Conv2d
+        return plain
+    return layer
 
 
 def _walk(layers: list[nn.Module], start: int, frame: Tensor, memory: dict[int, Tensor]) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
-from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
+from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.errors import OptionUnavailable, WeightsError
 from pipeline.float8 import FP8_STORAGE, goes_row_wise, row_wise_bytes, store_in_8_bits
 from pipeline.folder import ModelFolder
@@ -68,6 +68,8 @@ class ModelNeeds:
     """`vae`, and `taehv` where the model has one."""
     kv_buffers: int
     """What of the transformer's `kept` grows with the cache's window; the rest is the prompt's keys and values."""
+    encoding_start: int = 0
+    """What encoding a picture or video takes at its peak besides weights, for clips that start from one."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -137,6 +139,7 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
                 for name, make in decoders.items()
                 if name in builders
             },
+            encoding_start=sum(_at_work(part("vae"), lambda vae: _encode_start(vae, spec), device)),
         )
 
 
@@ -286,6 +289,15 @@ def _kv_buffers(model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tupl
         taken = counted.live
         del cache
     return taken
+
+
+def _encode_start(vae: AutoencoderKLWan, spec: ModelSpec) -> Iterator[None]:
+    """The longest start there can be would take no more than two groups of frames do: they are encoded in turn."""
+    frames = 1 + vae.config.scale_factor_temporal
+    # On the CPU, as a start's frames are, or without content if nothing else has any.
+    place = META if vae.device == META else torch.device("cpu")
+    encode_wan(vae, torch.zeros(1, frames, 3, spec.height, spec.width, device=place, dtype=vae.dtype))
+    yield
 
 
 def _decode(decoder: StreamDecoder, shape: tuple[int, ...]) -> Iterator[None]:

@@ -125,6 +125,8 @@ class MemoryPlan:
         text_encoder: what of it stays.
         decoder: what the decoder in use keeps from block to block.
         workspace: the most that any step takes besides, an offloaded text encoder's visit included.
+        start: what encoding a picture or video to start from takes besides, once, before the first step. Plans are made
+            without it: most clips have none.
         budget: of the device, less what the driver takes; None: unlimited.
     """
 
@@ -134,6 +136,7 @@ class MemoryPlan:
     text_encoder: int
     decoder: int
     workspace: int
+    start: int = 0
     budget: int | None = None
 
     @property
@@ -144,10 +147,22 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.budget is None or self.total <= self.budget
 
+    @property
+    def start_fits(self) -> bool:
+        """Whether there is room to start from a picture or a video: before the decoder keeps anything."""
+        return self.budget is None or self.total - self.workspace - self.decoder + self.start <= self.budget
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, and the sentences."""
-        placement = self.placement
-        return asdict(self) | {"total": self.total, "fits": self.fits, "notes": placement.sentences()}
+        notes = self.placement.sentences()
+        if self.fits and not self.start_fits:
+            notes.append("To start from a picture or a video there may be too little memory.")
+        return asdict(self) | {
+            "total": self.total,
+            "fits": self.fits,
+            "start_fits": self.start_fits,
+            "notes": notes,
+        }
 
 
 def without_losses(free: float) -> int:
@@ -204,6 +219,7 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
         text_encoder=text_weights if placement.text_encoder == "device" else 0,
         decoder=decoder.kept,
         workspace=max(denoising, decoder.working, encoding),
+        start=needs.encoding_start,
         budget=budget,
     )
 

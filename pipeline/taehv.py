@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from pipeline.errors import InvalidRequest, WeightsError
+from pipeline.upsampling import UpsamplingConv
 
 __all__ = ["TAEHV", "Memory"]
 
@@ -147,9 +148,10 @@ class TAEHV(ModelMixin, ConfigMixin):
         for double, next_width in zip(decoder_time_upscale, after, strict=True):
             decoder += [MemBlock(width) for _ in range(blocks_per_stage)]
             decoder += [
-                nn.Upsample(scale_factor=2),
+                # Published weights have their upsampling here. `TGrow` works on single pixels, so it can come before.
+                nn.Identity(),
                 TGrow(width, 2 if double else 1),
-                _conv(width, next_width, bias=False),
+                UpsamplingConv(width, next_width, bias=False),
             ]
             width = next_width
         self.decoder = nn.Sequential(*decoder, nn.ReLU(inplace=True), _conv(width, colours))

@@ -187,9 +187,8 @@ def encoded_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _filters(height: int, width: int) -> str:
-    # Enlarging is the encoder's: nothing of it is the model's work. Filters that look for edges (xBR) look the same on a
-    # model's frames, and build a table for a quarter of a second in each process, which is three times as long as all
-    # the rest takes.
+    # Enlarging is the encoder's: nothing of it is the model's work. A filter that looks for edges (xBR) looks the same
+    # on a model's frames, and builds a table in each process: a quarter of a second, three times as long as the rest.
     scale = f"scale={width}:{height}:flags=lanczos+accurate_rnd+full_chroma_int"
     tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
     return f"{scale}:out_color_matrix=bt709:out_range=tv,format=yuv420p,{tags}"

@@ -277,7 +277,7 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         unknown = dict(zip(order, (scores(math.nan), scores(0.1)), strict=True))
         assert "undecided against Teacher forcing" in verdicts({**results, "Teacher forcing": unknown})[1]
     row = as_table(results).splitlines()[2]
-    assert as_table({"The start itself, 16 steps": {0: scores(0.6)}}).count("| The start itself, 16 steps | 0.90 |") == 1
+    assert "| The start itself, 16 steps | 0.90 |" in as_table({"The start itself, 16 steps": {0: scores(0.6)}})
     assert row == "| Teacher forcing, seed 0 | 0.90 | 0.50 | 1.00 | 1.00 | 30.0 | 29.5 | 70 |"
     document = tmp_path / "ablation.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -293,7 +293,8 @@ def test_all_curves_of_a_whole_ablation_have_colours_of_their_own() -> None:
     names = [
         method.label + more for method in METHODS.values() for more in ("", ", 16 steps")[: 1 + bool(method.many_steps)]
     ]
-    assert len(set(COLOURS)) == len(COLOURS) >= len([*names, "The start itself", "The start itself, 16 steps", "Real clips"])
+    names += ["The start itself", "The start itself, 16 steps", "Real clips"]
+    assert len(set(COLOURS)) == len(COLOURS) >= len(names)
 
 
 def test_curves_have_gaps_where_nothing_was_measured() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.agreement import TAEHV_EXACT_BLOCKS, TOLERANCE, Agreement, compare
 from benchmarks.reference_decoder import ReferenceTaehvDecoder, original_layers
@@ -15,6 +16,7 @@ from pipeline import GenerationRequest
 from pipeline.decoder import TaehvStreamDecoder
 from pipeline.errors import InvalidRequest, OptionUnavailable
 from pipeline.taehv import TAEHV
+from pipeline.upsampling import UpsamplingConv
 from tests.small import write_model_folder
 
 BLOCKS = 6
@@ -135,6 +137,8 @@ def test_taehv_decodes_latents_again_and_is_exact_for_two_blocks() -> None:
         parameter.data.normal_(std=0.15)
     blocks = torch.randn(1, 12, 4, 2, 2, dtype=torch.float64).split(3, dim=1)
     exact, again = TaehvStreamDecoder(taehv), ReferenceTaehvDecoder(taehv)
+    kinds = [type(layer) for layer in again._layers]
+    assert kinds.count(nn.Upsample) == 3 and UpsamplingConv not in kinds  # theirs makes doubled pictures
     decoded: list[int] = []
     taehv.decoder[1].register_forward_hook(lambda module, inputs, output: decoded.append(len(output)))
     for index, block in enumerate(blocks):

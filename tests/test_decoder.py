@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
 from pipeline.errors import InvalidRequest, WeightsError
 from pipeline.taehv import TAEHV
+from pipeline.upsampling import UpsamplingConv
 from pipeline.wan_layers import speed_up
 
 CHANNELS = 4
@@ -173,6 +175,27 @@ def test_faster_layers_change_nothing_but_rounding(vae: AutoencoderKLWan, tmp_pa
     faster.save_pretrained(tmp_path)
     loaded = AutoencoderKLWan.from_pretrained(tmp_path)
     assert torch.equal(WanStreamDecoder(loaded).decode(latents(2)), WanStreamDecoder(vae).decode(latents(2)))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 3, 1, 1), (3, 2, 1, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_doubled_picture_need_not_be_made_to_be_convolved(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(4)
+    layer = UpsamplingConv(shape[1], 7, bias=bias).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), plain, rtol=0, atol=1e-13)
+    weight = torch.randn_like(plain)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), [x, layer.weight]) for out in (layer(x), plain))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_in_half_precision_the_doubled_picture_is_made() -> None:
+    layer = UpsamplingConv(3, 4).bfloat16()
+    x = torch.randn(1, 3, 5, 6).bfloat16()
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+    assert torch.equal(layer(x), plain)
 
 
 def test_wan_equals_diffusers(vae: AutoencoderKLWan) -> None:

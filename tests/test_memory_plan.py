@@ -62,6 +62,7 @@ def test_the_rehearsal_counts_what_the_real_thing_takes(embedded: ModelNeeds) ->
         assert rehearsed.weights == taken.weights and rehearsed.fp8_weights == taken.fp8_weights, name
         assert rehearsed.kept == pytest.approx(taken.kept, rel=0.01), name
         assert rehearsed.working == pytest.approx(taken.working, rel=0.05) and taken.working > 0, name
+    assert embedded.encoding_start == pytest.approx(real.encoding_start, rel=0.05) and real.encoding_start > 0
 
 
 def test_weights_are_those_of_the_files(embedded: ModelNeeds) -> None:
@@ -110,6 +111,7 @@ SMALL = ModelNeeds(
     PartNeeds(1000 * MB, 600 * MB, 0, 10 * MB),
     {"vae": PartNeeds(20 * MB, 10 * MB, 200 * MB, 200 * MB), "taehv": PartNeeds(5 * MB, 3 * MB, 10 * MB, 100 * MB)},
     kv_buffers=590 * MB,
+    encoding_start=700 * MB,
 )
 
 
@@ -130,6 +132,16 @@ def test_a_plan_adds_up() -> None:
     assert (
         evaluated(SMALL, tall_spec(), Placement(taehv=True, fp8=True)).total == (150 + 25 + 600 + 1000 + 10 + 100) * MB
     )
+
+
+def test_a_plan_tells_when_there_is_no_room_to_start_from_a_picture() -> None:
+    enough = (300 + 25 + 600 + 1000 + 700) * MB  # the decoder keeps nothing yet
+    roomy = evaluated(SMALL, tall_spec(), Placement(), enough)
+    tight = evaluated(SMALL, tall_spec(), Placement(), enough - 1)
+    assert roomy.fits and roomy.start_fits and not any("start" in note for note in roomy.as_dict()["notes"])
+    assert tight.fits and not tight.start_fits and not tight.as_dict()["start_fits"]
+    assert any("start from a picture" in note for note in tight.as_dict()["notes"])
+    assert evaluated(SMALL, tall_spec(), Placement()).start_fits  # without a limit
 
 
 def test_the_cheapest_plan_that_fits_is_taken() -> None:
