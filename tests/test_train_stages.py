@@ -22,7 +22,8 @@ from training.flow import CausalStage
 from training.loop import steps_in_all, train
 from training.network import WEIGHTS_FILE
 from training.parallel import processes
-from training.settings_file import as_plain
+from training.settings_file import as_plain, load_settings
+from training.stage_settings import CausalSettings
 from training.stages import STAGES, run_stage
 
 
@@ -237,9 +238,10 @@ def test_levels_of_forcing(world: Path, tmp_path: Path) -> None:
         stage = CausalStage(settings, group)
         draws = Draws(0, 0, range(40), 40)
         clips = stage.clips.draw(draws, 9)
-        assert 5 < clips.sunk.sum() < 35
+        sunk = clips.given[:, 0]
+        assert 5 < sunk.sum() < 35
         level, learnt = stage.levels(clips, draws, 1.0)
-    assert learnt[:, 6:].all() and not learnt[clips.sunk, :3].any()
+    assert learnt[:, 6:].all() and not learnt[sunk, :3].any()
     assert (level[learnt == 0] <= settings.clean_level).all()
     assert torch.equal((level[:, 8] * 40).floor().sort().values, torch.arange(40.0))
     blocks = level.unflatten(1, (3, 3))
@@ -254,12 +256,40 @@ def test_late_windows_are_what_a_rollout_sees(world: Path, tmp_path: Path) -> No
         clips = stage.clips.draw(Draws(1, 0, range(60), 60), 9)
         source = stage.clips.source.latents
     starts = set()
-    for window, sunk in zip(clips.latents.numpy(), clips.sunk, strict=True):
+    for window, given in zip(clips.latents.numpy(), clips.given, strict=True):
         clip = next(i for i in range(len(source)) if np.array_equal(source[i, :3], window[:3]))
         start = next(s for s in range(3, 8) if np.array_equal(source[clip, s : s + 6], window[3:]))
-        assert sunk or start == 3
+        assert given.tolist() == [bool(given[0])] * 3 + [False] * 6 and (given[0] or start == 3)
         starts.add(start)
     assert {3, 7} <= starts
+
+
+def test_still_windows_stand_still_and_then_go_on(world: Path, tmp_path: Path) -> None:
+    """Between the first block and the last one is the frame that the last one follows, and it is not learnt."""
+    changes = {"clips__later_windows": 1.0, "clips__still_windows": 0.5, "clips__frames": 9, "clean_blocks": 0.0}
+    settings = stage_settings("causal", world, tmp_path, run__batch=40, **changes)
+    with processes(settings.run) as group:
+        stage = CausalStage(settings, group)
+        draws = Draws(2, 0, range(40), 40)
+        clips = stage.clips.draw(draws, 9)
+        _, learnt = stage.levels(clips, draws, 1.0)
+        source = stage.clips.source.latents
+    still = clips.given[:, 3]
+    assert 8 < still.sum() < 32 and torch.equal(learnt == 0, clips.given)
+    for window, stands in zip(clips.latents.numpy(), still, strict=True):
+        clip = next(i for i in range(len(source)) if np.array_equal(source[i, :3], window[:3]))
+        start = next(s for s in range(6, 11) if np.array_equal(source[clip, s : s + 3], window[6:]))
+        between = [start - 1] * 3 if stands else range(start - 3, start)
+        assert np.array_equal(source[clip, list(between)], window[3:6])
+
+
+def test_still_windows_are_for_diffusion_forcing() -> None:
+    with pytest.raises(InvalidSettings, match="still_windows is for diffusion forcing"):
+        load_settings(
+            CausalSettings,
+            Path("training/configs/embedded_causal.toml"),
+            ["forcing=teacher", "clips.still_windows=0.2"],
+        )
 
 
 def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ class ClipBatch:
     """Empty where guidance shall learn to do without."""
     subject: torch.Tensor
     """Share of the subject in each cell, [B, F, h, w], 0..1; zero where it is not known."""
-    sunk: torch.Tensor
-    """[B], true where the first block is context by construction and not to be learnt."""
+    given: torch.Tensor
+    """Boolean [B, F], true for frames that are context by construction and not to be learnt."""
 
 
 class ClipSource(Protocol):
@@ -104,7 +104,9 @@ def open_clips(settings: ClipSettings) -> ClipSource:
 class ClipSampler:
     """Draws windows: whole ones from a clip's beginning, single frames from anywhere, and late windows.
 
-    A late window is what the model sees in a long rollout: the clip's first block, and others from later in it.
+    A late window is what the model sees in a long rollout: the clip's first block, and others from later in it. Some
+    of them have come to a standstill before the last block, as rollouts do: from real clips alone a model learns that
+    what rests goes on resting, whatever the prompt says.
     """
 
     def __init__(self, source: ClipSource, settings: ClipSettings, block_frames: int) -> None:
@@ -115,31 +117,35 @@ class ClipSampler:
     def draw(self, draws: Draws, frames: int, purpose: str = "clips") -> ClipBatch:
         """Windows of so many latent frames."""
         drawn = [self._one(rng, frames) for rng in draws.own(purpose)]
-        latents, captions, subjects, sunk = zip(*drawn, strict=True)
+        latents, captions, subjects, given = zip(*drawn, strict=True)
         return ClipBatch(
             torch.from_numpy(np.stack(latents)).float(),
             list(captions),
             torch.from_numpy(np.stack(subjects)),
-            torch.tensor(sunk),
+            torch.from_numpy(np.stack(given)),
         )
 
-    def _one(self, rng: np.random.Generator, frames: int) -> tuple[Array, str, Array, bool]:
+    def _one(self, rng: np.random.Generator, frames: int) -> tuple[Array, str, Array, Array]:
         source, settings, block = self.source, self.settings, self.block_frames
         clip = int(rng.integers(source.count))
         total = source.latents.shape[1]
         later, start, dropped = rng.random(), rng.random(), rng.random() < settings.caption_drop
         caption = source.caption(clip, rng)
         index = list(range(frames))
-        sunk = False
+        given = np.zeros(frames, bool)
         if frames == 1:
             # A single frame teaches pictures; a clip's first one, which is encoded by itself, must be among them.
             index = [0 if later < 0.5 or total == 1 else 1 + int(start * (total - 1))]
         elif frames > block and later < settings.later_windows:
-            sunk = True
             first = block + int(start * (total - frames + 1))
             index = [*range(block), *range(first, first + frames - block)]
+            given[:block] = True
+            if settings.still_windows and frames > 2 * block and rng.random() < settings.still_windows:
+                between = slice(block, frames - block)
+                index[between] = [index[-block - 1]] * (frames - 2 * block)
+                given[between] = True
         latents = source.latents[clip, index]
         subject = source.subject(clip, index)
         if subject is None:
             subject = np.zeros((frames, *latents.shape[2:]), np.float32)
-        return latents, "" if dropped else caption, subject, sunk
+        return latents, "" if dropped else caption, subject, given

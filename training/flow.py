@@ -121,7 +121,7 @@ class FlowStage(Stage[FlowSettings]):
         context = torch.zeros(batch, len(sizes), dtype=torch.bool)
         if settings.forcing == "diffusion":
             context = draws.uniform("context", len(sizes)) < settings.clean_blocks
-            context[:, 0] |= clips.sunk
+            context |= torch.stack([part.all(1) for part in clips.given.split(sizes, dim=1)], dim=1)
             context[:, -1] = False  # the last block is context to nobody
             level = torch.where(context, draws.uniform("clean", len(sizes)) * settings.clean_level, level)
         repeats = torch.tensor(sizes)

@@ -225,11 +225,14 @@ class ClipSettings:
     """Share of clips without a caption, so that guidance has something to compare with."""
     later_windows: float = 0.0
     """Share of windows that hold the clip's first block and then later ones, as a cache with a sink does."""
+    still_windows: float = 0.0
+    """Share of these in which nothing moves between the first block and the last one, which goes on from there."""
 
     def __post_init__(self) -> None:
         within("clips.frames", self.frames, 1, 10**5)
         within("clips.caption_drop", self.caption_drop, 0, 1)
         within("clips.later_windows", self.later_windows, 0, 1)
+        within("clips.still_windows", self.still_windows, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,10 @@ class FlowSettings(StageSettings):
             f"window_frames is {self.window_frames}, but must be 0 or hold a block of {self.block_frames}.",
         )
         require(self.forcing != "teacher" or not self.window_frames, "window_frames does not go with teacher forcing.")
+        require(
+            self.forcing == "diffusion" or not self.clips.still_windows,
+            "clips.still_windows is for diffusion forcing: their still frames are context, never to be learnt.",
+        )
         within("shift", self.shift, 1e-3, 1e3)
         for shift in self.shifts:
             within("shifts", shift, 1e-3, 1e3)
