@@ -108,10 +108,11 @@ class ReferencePipeline(SelfForcingPipeline):
             timesteps = tuple(schedule.warp(unwarped).tolist())
             return DenoisingSteps(timesteps, SearchedSigmas(schedule, timesteps, frames, model.device))
 
-        def call(latents: torch.Tensor, timestep: torch.Tensor, _block: int, step: int | None) -> torch.Tensor:
+        def call(latents: torch.Tensor, timesteps: tuple[float, ...], _block: int, step: int | None) -> torch.Tensor:
             if step is None:
                 return latents  # it was written before the block was handed on
             checkpoint()
+            timestep = torch.full((1, frames), timesteps[0], device=model.device)
             return model(latents, timestep, text, cache=cache)
 
         def noise(block: int, step: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule, block_no
 from pipeline.start_latents import decode_start, encode_start
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
-from pipeline.transformer import CausalWanTransformer3DModel, TextKV
+from pipeline.transformer import CausalWanTransformer3DModel, TextKV, TimeEmbedding
 
 WARM_UP_SECONDS = 10.0
 
@@ -279,10 +280,14 @@ class SelfForcingPipeline:
         # State is cleared at the start of a run and not at its end: a run that failed has left some behind.
         cache = self._fresh_cache(model)
 
-        def call(latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
+        @functools.cache
+        def embedded(timesteps: tuple[float, ...]) -> TimeEmbedding:
+            return model.embed_time(to_device(torch.tensor([timesteps]), model.device))
+
+        def call(latents: torch.Tensor, timesteps: tuple[float, ...], block: int, step: int | None) -> torch.Tensor:
             if step is not None or block < len(given):
                 checkpoint()
-            return model(latents, timestep, text_kv, cache=cache)
+            return model(latents, embedded(timesteps), text_kv, cache=cache)
 
         def noise(block: int, step: int) -> torch.Tensor:
             return to_device(block_noise(run.seed, block, step, shape), model.device).to(model.dtype)

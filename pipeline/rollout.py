@@ -19,10 +19,12 @@ from pipeline.sampler import DenoisingSteps, add_noise, denoise_block
 class NetworkCall(Protocol):
     """One forward pass on frames the cache expects."""
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
+    def __call__(
+        self, latents: torch.Tensor, timesteps: tuple[float, ...], block: int, step: int | None
+    ) -> torch.Tensor:
         """Args:
         latents: [B, F, C, h, w].
-        timestep: [B, F], 0..1000.
+        timesteps: of each of the F frames, 0..1000. A rollout has few different ones.
         block, step: which block of the rollout, which denoising step; None for a finished block's clean pass.
         """
 
@@ -78,7 +80,7 @@ def roll_out(
         if finished is not None:
             finished = context.apply(finished, lambda block=block: noise(block - 1, len(steps_of(block - 1))))
             if not merged:
-                call(finished, _times(finished, context.timestep), block - 1, None)
+                call(finished, (context.timestep,) * finished.shape[1], block - 1, None)
         if block < len(given):
             finished = given[block]
             cache.begin_block(finished.shape[1])
@@ -93,10 +95,10 @@ def roll_out(
             block: int = block,
             previous: torch.Tensor | None = finished if merged else None,
         ) -> torch.Tensor:
-            times = _times(latents, timestep)
+            times = (timestep,) * latents.shape[1]
             if previous is None or step > 0:
                 return call(latents, times, block, step)
-            times = torch.cat([_times(previous, context.timestep), times], dim=1)
+            times = (context.timestep,) * previous.shape[1] + times
             return call(torch.cat([previous, latents], dim=1), times, block, step)[:, previous.shape[1] :]
 
         def draw(step: int, block: int = block, start: torch.Tensor = start) -> torch.Tensor:
@@ -105,7 +107,3 @@ def roll_out(
         last_step = None if exit_step is None else exit_step(block)
         *_, finished = denoise_block(predict_flow, draw, steps_of(block), last_step)
         yield finished
-
-
-def _times(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-    return torch.full(latents.shape[:2], timestep, device=latents.device)

@@ -30,6 +30,8 @@ from pipeline.rotary import RotaryPositions, Rotation, apply_rotary, rotary_posi
 TextKV = list[tuple[torch.Tensor, torch.Tensor]]
 """Cross-attention keys (normalised) and values of every layer, each [B, text_len, heads, head_dim]."""
 
+TimeEmbedding = tuple[torch.Tensor, torch.Tensor]
+"""Of timesteps [B, F], for the head [B, F, C] and for the blocks [B, F, 6, C]. See `embed_time`."""
 
 TIME_EMBEDDING = -1
 """Key under which a forward's `taps` ask for the time embedding."""
@@ -184,7 +186,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def forward(
         self,
         latents: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | TimeEmbedding,
         text_kv: TextKV,
         *,
         cache: KVCache | None = None,
@@ -196,7 +198,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Args:
             latents: [B, F, C, h, w].
-            timestep: [B, F], 0..1000.
+            timestep: [B, F], 0..1000, or what `embed_time` makes of it: a sampler has few different ones.
             text_kv: from `encode_text`.
             cache: the rollout's memory; the call must be on the frames its `begin_block` announced.
             positions: frame positions for calls without cache; default 0..F-1.
@@ -214,7 +216,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             rotation = self.rotary(height, width)(positions or range(frames), latents.device)
 
-        time_embedding, time_modulation = self.embed_time(timestep)
+        if isinstance(timestep, torch.Tensor):
+            timestep = self.embed_time(timestep)
+        time_embedding, time_modulation = timestep
         hidden = self._patchify(latents, rows, columns)
         for index, block in enumerate(self.blocks):
             memory = cache.layers[index] if cache is not None else None
@@ -236,7 +240,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden = self.proj_out(modulate(hidden, shift, scale, self.norm_out.eps))
         return self._unpatchify(hidden, frames, rows, columns)
 
-    def embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed_time(self, timestep: torch.Tensor) -> TimeEmbedding:
         """timestep [B, F] -> embedding [B, F, C] (for the head) and modulation [B, F, 6, C] (for the blocks)."""
         embedder = self.condition_embedder
         sinusoid = time_sinusoid(timestep, self.config.freq_dim).to(self.dtype)

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.cache import KVCache
 from pipeline.rollout import ContextNoise, roll_out
+from pipeline.rotary import to_device
 from pipeline.sampler import TRAIN_STEPS, DenoisingSteps, FlowSchedule
 from pipeline.transformer import CausalWanTransformer3DModel
 from training.draws import Draws
@@ -108,7 +109,8 @@ class Rollout:
         def block_noise(block: int, step: int) -> torch.Tensor:
             return noise(block, step) if recorded(block, step) else noise(block, step).detach()
 
-        def call(latents: torch.Tensor, timestep: torch.Tensor, block: int, step: int | None) -> torch.Tensor:
+        def call(latents: torch.Tensor, timesteps: tuple[float, ...], block: int, step: int | None) -> torch.Tensor:
+            timestep = to_device(torch.tensor(timesteps), self.device).expand(len(latents), -1)
             text = texts[plan.switch_block is not None and block >= plan.switch_block]
             with torch.set_grad_enabled(recorded(block, step)):
                 return self.network(latents.to(self.dtype), timestep, text, cache=cache)
