@@ -17,14 +17,17 @@ from pipeline.errors import InvalidSettings, WeightsError
 from tests.training_world import SIZES, make_world, stage_settings
 from training import export
 from training.__main__ import main
+from training.clips import ClipSampler
 from training.draws import Draws
 from training.flow import CausalStage
 from training.loop import steps_in_all, train
 from training.network import WEIGHTS_FILE
 from training.parallel import processes
+from training.settings import ClipSettings
 from training.settings_file import as_plain, load_settings
 from training.stage_settings import CausalSettings
 from training.stages import STAGES, run_stage
+from training.window import Scored
 
 
 @pytest.fixture(scope="module")
@@ -283,13 +286,92 @@ def test_still_windows_stand_still_and_then_go_on(world: Path, tmp_path: Path) -
         assert np.array_equal(source[clip, list(between)], window[3:6])
 
 
-def test_still_windows_are_for_diffusion_forcing() -> None:
-    with pytest.raises(InvalidSettings, match="still_windows is for diffusion forcing"):
+class Crossing:
+    """Clips of 25 frames through which a bar goes, one column a frame; it is away for three frames of each turn.
+
+    Latents are 100 times the clip's number, plus the frame's number where the bar is, minus 1 elsewhere.
+    """
+
+    count, width = 2, 9
+
+    def __init__(self) -> None:
+        place = (np.arange(25) + 4) % 12
+        bar = place[:, None, None] == np.arange(self.width)[None, None]  # [F, 1, w]
+        self.masks = np.repeat(bar, 2, axis=1).astype(np.float32)
+        shown = np.where(self.masks > 0, np.arange(25)[:, None, None], -1)
+        self.latents = np.stack([shown + 100 * clip for clip in range(2)])[:, :, None].astype(np.float32)
+
+    def caption(self, clip: int, rng: np.random.Generator) -> str:
+        return "a bar"
+
+    def subject(self, clip: int, frames: Any) -> np.ndarray:
+        return self.masks[list(frames)]
+
+
+def test_in_empty_windows_the_subject_comes_back() -> None:
+    """Nothing of it before the last block, at whose beginning there is least of it; what is made up is not learnt."""
+    settings = ClipSettings(folder="", frames=9, later_windows=1.0, empty_windows=1.0)
+    clips = ClipSampler(Crossing(), settings, 3).draw(Draws(0, 0, range(30), 30), 9)
+    assert clips.given.tolist() == [[True] * 6 + [False] * 3] * 30
+    for window in clips.latents:
+        scene = 100 * (window.max() > 50) - 1
+        assert (window[3:6] == scene).all()  # no frame's number: the bar is in none of its cells
+        last = window[6:].amax((1, 2, 3)) - scene
+        assert last[0] == 0 and last[2] > 0  # away, and there again
+    assert clips.subject[:, 3:6].sum() == 0 < clips.subject[:, 6:].sum()
+
+
+def test_subjects_that_never_leave_do_not_come_back() -> None:
+    class Resting(Crossing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.masks[:] = self.masks[0]
+
+    settings = ClipSettings(folder="", frames=9, later_windows=1.0, empty_windows=1.0)
+    clips = ClipSampler(Resting(), settings, 3).draw(Draws(0, 0, range(10), 10), 9)
+    assert clips.given.tolist() == [[True] * 3 + [False] * 6] * 10
+
+
+@pytest.mark.parametrize("name", ["still", "empty"])
+def test_made_up_context_is_for_diffusion_forcing(name: str) -> None:
+    with pytest.raises(InvalidSettings, match="what they make up is never learnt"):
         load_settings(
             CausalSettings,
             Path("training/configs/embedded_causal.toml"),
-            ["forcing=teacher", "clips.still_windows=0.2"],
+            ["forcing=teacher", f"clips.{name}_windows=0.2"],
         )
+
+
+@pytest.mark.parametrize("name", ["dmd", "sid"])
+def test_with_clean_context_one_block_is_judged(world: Path, tmp_path: Path, name: str) -> None:
+    clean = {"score__context": "clean", "score__attention": "causal", "rollout__context_noise": 100.0}
+    settings = stage_settings(name, world, tmp_path, **clean)
+    with processes(settings.run) as group:
+        stage = STAGES[name](settings, group)
+        ends = set()
+        for step in range(8):
+            draws = stage.parts(step)[0]
+            rolled = stage.roll(draws, "generator", gradients=False)
+            rolled.clips.requires_grad_()
+            judged = stage.judged(rolled, draws, "generator")
+            end = len(judged.counted)
+            ends.add(end)
+            times = stage.score_times(judged, draws, "generator/time")
+            assert (times[:, : end - 3] == 100).all() and judged.counted.tolist() == [False] * (end - 3) + [True] * 3
+            assert (times[:, end - 3 :] == times[:, -1:]).all()
+            if name == "dmd":
+                (gradient,) = torch.autograd.grad(stage.generator_loss(rolled, draws), rolled.clips)
+                assert (gradient[:, end - 3 : end] != 0).any() and (gradient[:, : end - 3] == 0).all()
+                assert (gradient[:, end:] == 0).all()
+        assert ends == {3, 6}
+        partly = Scored(rolled.clips, torch.tensor([False] * 3 + [True] * 3), rolled.embeds)
+        assert {len(stage.judged(partly, stage.parts(step)[0], "critic").counted) for step in range(8)} == {6}
+        assert stage.step(0)["critic/norm"] > 0
+
+
+def test_clean_context_is_for_causal_score_networks(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="set score.attention to 'causal'"):
+        stage_settings("dmd", world, tmp_path, score__context="clean")
 
 
 def test_ode_pairs_go_on_where_they_were_and_end_at_the_clip(world: Path, tmp_path: Path) -> None:

@@ -102,11 +102,12 @@ def open_clips(settings: ClipSettings) -> ClipSource:
 
 
 class ClipSampler:
-    """Draws windows: whole ones from a clip's beginning, single frames from anywhere, and late windows.
+    """Draws windows: whole ones from a clip's beginning, shorter ones, and late windows.
 
-    A late window is what the model sees in a long rollout: the clip's first block, and others from later in it. Some
-    of them have come to a standstill before the last block, as rollouts do: from real clips alone a model learns that
-    what rests goes on resting, whatever the prompt says.
+    A late window is what the model sees in a long rollout: the clip's first block, and others from later in it. From
+    real clips alone a model learns that what rests goes on resting, and what is gone stays away, whatever the prompt
+    says: in a rollout, which comes to a standstill now and then, that ends all movement. So in some late windows
+    nothing moves before the last block, or the subject is missing there; the last block goes on as it should.
     """
 
     def __init__(self, source: ClipSource, settings: ClipSettings, block_frames: int) -> None:
@@ -133,19 +134,53 @@ class ClipSampler:
         caption = source.caption(clip, rng)
         index = list(range(frames))
         given = np.zeros(frames, bool)
+        empty = False
         if frames == 1:
             # A single frame teaches pictures; a clip's first one, which is encoded by itself, must be among them.
             index = [0 if later < 0.5 or total == 1 else 1 + int(start * (total - 1))]
-        elif frames > block and later < settings.later_windows:
+        elif frames == settings.frames > block and later < settings.later_windows:
             first = block + int(start * (total - frames + 1))
-            index = [*range(block), *range(first, first + frames - block)]
+            between = slice(block, frames - block)
             given[:block] = True
-            if settings.still_windows and frames > 2 * block and rng.random() < settings.still_windows:
-                between = slice(block, frames - block)
+            altered = rng.random() if settings.still_windows or settings.empty_windows else 1.0
+            if frames > 2 * block and altered < settings.still_windows + settings.empty_windows:
+                entries = self._entries(clip, frames - block, total - block)
+                empty = altered >= settings.still_windows and bool(entries)
+                if empty:
+                    first = entries[int(start * len(entries))] - (frames - 2 * block)
+                given[between] = empty or altered < settings.still_windows
+            index = [*range(block), *range(first, first + frames - block)]
+            if given[block] and not empty:
                 index[between] = [index[-block - 1]] * (frames - 2 * block)
-                given[between] = True
         latents = source.latents[clip, index]
         subject = source.subject(clip, index)
         if subject is None:
             subject = np.zeros((frames, *latents.shape[2:]), np.float32)
+        if empty:
+            latents[between] = self._without_subject(clip)
+            subject[between] = 0
         return latents, "" if dropped else caption, subject, given
+
+    def _entries(self, clip: int, first: int, last: int) -> list[int]:
+        """Frames in `first`..`last` of a clip at which least of its subject is to be seen: it is about to come in."""
+        shares = self.source.subject(clip, range(self.source.latents.shape[1]))
+        if shares is None:
+            return []
+        seen = shares.sum((1, 2))
+        return [
+            at
+            for at in range(first, last + 1)
+            if seen[at] < _ENTERING * seen.max() and seen[at] <= seen[at - 1] and seen[at] < seen[min(at + 1, last)]
+        ]
+
+    def _without_subject(self, clip: int) -> Array:
+        """A frame of the clip put together from cells of its frames in which the subject is elsewhere, [C, h, w]."""
+        frames = range(1, self.source.latents.shape[1])  # the first latent of a clip stands for one frame only
+        shares = self.source.subject(clip, frames)
+        assert shares is not None
+        whole, clear = self.source.latents[clip, 1:], shares.argmin(0)
+        return np.take_along_axis(whole, clear[None, None], axis=0)[0]
+
+
+_ENTERING = 0.2
+"""Of the most that is ever seen of a subject: with less it is hardly there."""

@@ -52,15 +52,49 @@ class DMDStage(DistillStage[DMDSettings]):
         return self.prompts.draw(draws, f"{purpose}/prompt")
 
     def generator_loss(self, scored: Scored, draws: Draws) -> Tensor:
+        scored = self.judged(scored, draws, "generator")
         with torch.no_grad():
             real, fake = self.estimates(scored.detached(), draws)
-            gradient = dmd_gradient(scored.clips.detach(), real, fake)
-        return dmd_loss(scored.clips, gradient, scored.mask)
+            gradient = dmd_gradient(self.cut(scored.clips).detach(), self.cut(real), self.cut(fake))
+        return dmd_loss(self.cut(scored.clips), gradient, self.mask(scored))
+
+    def judged(self, scored: Scored, draws: Draws, purpose: str) -> Scored:
+        """What of a window is judged: all of it, or a block and those before it, see `ScoreSettings.context`.
+
+        A window of a long rollout lacks what its earlier blocks saw, so of that only the last block can be judged.
+        """
+        if self.settings.score.context == "noised":
+            return scored
+        size, end = self.settings.rollout.block_frames, len(scored.counted)
+        if bool(scored.counted.all()):
+            end = size * int(draws.shared(f"{purpose}/judged").integers(1, end // size + 1))
+        counted = torch.zeros(end, dtype=torch.bool)
+        counted[end - size :] = True
+        return Scored(scored.clips[:, :end], counted, scored.embeds)
+
+    def cut(self, clips: Tensor) -> Tensor:
+        """Of judged clips [B, F, C, h, w], the frames that a loss is scaled by: without clean context."""
+        if self.settings.score.context == "noised":
+            return clips
+        return clips[:, -self.settings.rollout.block_frames :]
+
+    def mask(self, scored: Scored) -> Tensor | None:
+        """Of `cut` frames."""
+        return scored.mask if self.settings.score.context == "noised" else None
+
+    def score_times(self, scored: Scored, draws: Draws, purpose: str) -> Tensor:
+        """Timesteps [B, F] at which clips are judged; clean context is at the level at which it was in the cache."""
+        settings, score = self.settings, self.settings.score
+        times = self.times(draws, purpose, scored.clips, score.shift, score.low, score.high)
+        if score.context == "noised":
+            return times
+        context = torch.full_like(times, settings.rollout.context_noise)
+        return torch.where(scored.counted.to(times.device), times, context)
 
     def estimates(self, scored: Scored, draws: Draws) -> tuple[Tensor, Tensor]:
         """Clean estimates of the frozen and of the learning network for the same noised clips."""
         score, clips = self.settings.score, scored.clips
-        times = self.times(draws, "generator/time", clips, score.shift, score.low, score.high)
+        times = self.score_times(scored, draws, "generator/time")
         noisy = self.real.noised(clips, self.noise_like(draws, "generator/noise", clips), times)
         without = self.without.expand_as(scored.embeds)
 
@@ -76,9 +110,9 @@ class DMDStage(DistillStage[DMDSettings]):
 
     def critic_loss(self, draws: Draws) -> Tensor:
         """Flow matching on the generator's clips."""
-        scored, score = self.roll(draws, "critic", gradients=False), self.settings.score
+        scored = self.judged(self.roll(draws, "critic", gradients=False), draws, "critic")
         clips = scored.clips
-        times = self.times(draws, "critic/time", clips, score.shift, score.low, score.high)
+        times = self.score_times(scored, draws, "critic/time")
         noise = self.noise_like(draws, "critic/noise", clips)
         noisy = self.fake.noised(clips, noise, times)
         return flow_loss(self.fake.flow(noisy, times, self.fake.encode(scored.embeds)), clips, noise, scored.weight)
@@ -91,8 +125,9 @@ class SiDStage(DMDStage):
     settings: SiDSettings
 
     def generator_loss(self, scored: Scored, draws: Draws) -> Tensor:
-        real, fake = self.estimates(scored, draws)
-        return sid_loss(scored.clips, real, fake, self.settings.alpha, scored.mask)
+        scored = self.judged(scored, draws, "generator")
+        real, fake = (self.cut(clips) for clips in self.estimates(scored, draws))
+        return sid_loss(self.cut(scored.clips), real, fake, self.settings.alpha, self.mask(scored))
 
 
 def _critic(settings: DMDSettings) -> NetworkSettings:

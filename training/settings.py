@@ -227,12 +227,16 @@ class ClipSettings:
     """Share of windows that hold the clip's first block and then later ones, as a cache with a sink does."""
     still_windows: float = 0.0
     """Share of these in which nothing moves between the first block and the last one, which goes on from there."""
+    empty_windows: float = 0.0
+    """Share of these in which the subject is missing between them, and comes in with the last one. Clips whose subject
+    never leaves stay as they are, as do one's own videos, of which no subject is known."""
 
     def __post_init__(self) -> None:
         within("clips.frames", self.frames, 1, 10**5)
         within("clips.caption_drop", self.caption_drop, 0, 1)
         within("clips.later_windows", self.later_windows, 0, 1)
         within("clips.still_windows", self.still_windows, 0, 1)
+        within("clips.empty_windows", self.empty_windows, 0, 1 - self.still_windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +344,10 @@ class ScoreSettings:
     critic: NetworkSettings | None = None
     """Default: begins as the teacher."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
+    context: Literal["noised", "clean"] = "noised"
+    """`noised`: the window is judged as a whole, all of it at one level, as the authors do. `clean`: one block of it,
+    given those before it as the generator saw them: whether it goes on well, however good they are. That takes a causal
+    teacher which has learnt from such context."""
     guidance: float = 3.0
     """c + guidance * (c - u), the authors' form; the critic has none."""
     fake_guidance: float = 0.0
@@ -351,6 +359,10 @@ class ScoreSettings:
         within("score.guidance", self.guidance, 0, 100)
         within("score.fake_guidance", self.fake_guidance, 0, 100)
         within("score.shift", self.shift, 1e-3, 1e3)
+        require(
+            self.context == "noised" or self.attention == "causal",
+            "score.context 'clean' is for causal score networks: set score.attention to 'causal'.",
+        )
         within("score.low", self.low, 0, 1000)
         within("score.high", self.high, self.low, 1000)
 

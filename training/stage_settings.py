@@ -63,8 +63,8 @@ class FlowSettings(StageSettings):
         )
         require(self.forcing != "teacher" or not self.window_frames, "window_frames does not go with teacher forcing.")
         require(
-            self.forcing == "diffusion" or not self.clips.still_windows,
-            "clips.still_windows is for diffusion forcing: their still frames are context, never to be learnt.",
+            self.forcing == "diffusion" or not (self.clips.still_windows or self.clips.empty_windows),
+            "clips.still_windows and clips.empty_windows are for diffusion forcing: what they make up is never learnt.",
         )
         within("shift", self.shift, 1e-3, 1e3)
         for shift in self.shifts:
