@@ -42,7 +42,7 @@ from pipeline.control import RunControl
 from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.process import quiet_libraries
 
-SCALE = Scale(rounds=3, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
+SCALE = Scale(rounds=5, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
 AGREEMENT_BLOCKS = 2
 """In float32 at full size, which takes a GPU many times as long."""
 FORCED = ("flash", "cudnn")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ratios import FEWEST_PAIRS
 from pipeline.errors import InvalidRequest, SelfForcingError
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -64,7 +65,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
             raise SelfForcingError(f"{path} cannot be read as a result. Make it again or remove it.") from error
         if not isinstance(result, dict) or result.get("schema") != SCHEMA:
             raise SelfForcingError(f"{path} is not a result of this version of the benchmark. Remove it.")
-        if not result["quick"]:
+        if not result["quick"] and "gpu_state" not in result:  # `benchmarks.gpu` prints a table of its own
             found.append(result)
     return found
 
@@ -102,7 +103,7 @@ def _reference_rows(compared: Mapping[str, Any]) -> list[list[str]]:
 
 def _ratio_cells(row: Mapping[str, Any]) -> list[str]:
     if row["ratio"] is None:
-        return ["too noisy" if row["too_noisy"] else "not given", "", "", "", str(row["measured"]["pairs"]), ""]
+        return [_why_none(row), "", "", "", str(row["measured"]["pairs"]), ""]
     found, control = row["measured"], row["control"]
     return [
         number(row["ratio"]),
@@ -114,10 +115,17 @@ def _ratio_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _why_none(row: Mapping[str, Any]) -> str:
+    """In two or three words, why there is no ratio."""
+    if row["measured"]["pairs"] < FEWEST_PAIRS:
+        return "too few pairs"
+    return "too noisy" if row["too_noisy"] else "not given"
+
+
 def _switch_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "kind", "block, times", "video, times", "PSNR", "latents differ by"]]
     for name, row in found["rows"].items():
-        ratios = ["too noisy" if row[part]["ratio"] is None else number(row[part]["ratio"]) for part in _PARTS]
+        ratios = [_why_none(row[part]) if row[part]["ratio"] is None else number(row[part]["ratio"]) for part in _PARTS]
         psnr = "equal" if row["psnr"] is None else number(row["psnr"], 1, " dB")
         rows.append(
             [name, "exact" if row["exact"] else "approximate", *ratios, psnr, f"{row['latents_differ_by']:.0e}"]

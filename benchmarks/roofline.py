@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder
 from pipeline.memory import META, Builders
 from pipeline.transformer import CausalWanTransformer3DModel
+from pipeline.wan_layers import speed_up
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,17 @@ class BlockWork:
         linear: of one pass, everything but attention.
         cross_attention: of one pass.
         self_attention_frame: of one pass, for each latent frame that is attended to.
-        decoders: decoder -> of a block in the middle of a clip.
-        passes: forward passes of a block, the clean one included.
+        first_decoding, decoding: decoder -> of a clip's first block, and of each later one.
+        steps: denoising steps of a block. Behind them comes a clean pass, but for a clip's last block.
         window_frames, block_frames: of the cache.
     """
 
     linear: float
     cross_attention: float
     self_attention_frame: float
-    decoders: dict[str, float]
-    passes: int
+    first_decoding: dict[str, float]
+    decoding: dict[str, float]
+    steps: int
     window_frames: int
     block_frames: int
 
@@ -49,17 +52,19 @@ class BlockWork:
         return self.linear + self.cross_attention + self.self_attention_frame * context
 
     def block(self, block: int, decoder: str | None) -> float:
-        """All passes and the decoding of a block."""
-        decoding = 0.0 if decoder is None else self.decoders[decoder]
-        return self.passes * self.one_pass(self.context(block)) + decoding
+        """What is done until block number `block` is shown: the clean pass of the one before, all steps, decoding."""
+        clean = self.one_pass(self.context(block - 1)) if block else 0.0
+        decoders = self.decoding if block else self.first_decoding
+        return clean + self.steps * self.one_pass(self.context(block)) + (decoders[decoder] if decoder else 0.0)
 
 
 @torch.inference_mode()
-def count_work(builders: Builders, spec: ModelSpec) -> BlockWork:
+def count_work(builders: Builders, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> BlockWork:
     """Count a model's operations.
 
     Args:
         builders: of its parts, as `memory.builders_of` gives them.
+        dtype: what the decoders compute in: in float32, as on a CPU, they do less.
     """
     with META:
         model: CausalWanTransformer3DModel = builders["transformer"]()
@@ -71,23 +76,31 @@ def count_work(builders: Builders, spec: ModelSpec) -> BlockWork:
     linear = _operations(lambda: model(torch.zeros(shape, device=META), torch.zeros(1, frames, device=META), text))
     per_key = 4 * frames * tokens * width * config.num_layers
     decoders: dict[str, type[StreamDecoder]] = {"vae": WanStreamDecoder, "taehv": TaehvStreamDecoder}
+    decoding = {
+        name: _decoding(kind, builders[name], shape, dtype) for name, kind in decoders.items() if name in builders
+    }
     return BlockWork(
         linear=linear,
         cross_attention=per_key * spec.text_len,
         self_attention_frame=per_key * tokens,
-        decoders={name: _decoding(kind, builders[name], shape) for name, kind in decoders.items() if name in builders},
-        passes=len(spec.denoising_steps) + 1,
+        first_decoding={name: first for name, (first, _) in decoding.items()},
+        decoding={name: later for name, (_, later) in decoding.items()},
+        steps=len(spec.denoising_steps),
         window_frames=spec.window_frames,
         block_frames=frames,
     )
 
 
-def _decoding(kind: type[StreamDecoder], build: object, shape: tuple[int, ...]) -> float:
+def _decoding(
+    kind: type[StreamDecoder], build: object, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Of a clip's first block and of the next one."""
     with META:
-        weights: nn.Module = build()
+        weights: nn.Module = build().to(dtype)
+    if isinstance(weights, AutoencoderKLWan):
+        speed_up(weights)
     decoder, latents = kind(weights), torch.zeros(shape, device=META)
-    decoder.decode(latents)  # the first block of a clip is another one than those that follow
-    return _operations(lambda: decoder.decode(latents))
+    return _operations(lambda: decoder.decode(latents)), _operations(lambda: decoder.decode(latents))
 
 
 def _operations(work: object) -> float:

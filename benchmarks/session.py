@@ -73,6 +73,11 @@ class Session:
     _loaded: dict[torch.dtype, WatchedPipeline] = field(default_factory=dict)
     _references: dict[torch.dtype, WatchedReference] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Else a GPU rounds float32 convolutions to ten bits, and two ways to write one differ by more than their sums.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
     @property
     def default_dtype(self) -> torch.dtype:
         return default_dtype(self.device)
@@ -127,7 +132,7 @@ class Session:
 
     @cached_property
     def work(self) -> BlockWork:
-        return count_work(self.builders, self.spec)
+        return count_work(self.builders, self.spec, self.default_dtype)
 
     def rate(self, threads: int, dtype: torch.dtype | None = None) -> float:
         """FLOP per second of matrix products, as measured now."""

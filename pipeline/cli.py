@@ -223,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_video_arguments(parser)
     parser.add_argument("--taehv", action="store_true", help="decode with the small TAEHV autoencoder: faster, softer")
     parser.add_argument("--fp8", action="store_true", help="keep the weights in 8 bits: half the memory")
-    parser.add_argument("--compile", action="store_true", help="compile the model first: faster on long videos")
+    parser.add_argument("--compile", action="store_true", help="compile the model first; meant for GPUs")
     add_output_arguments(parser)
     return parser.parse_args(argv)
 

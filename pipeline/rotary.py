@@ -33,33 +33,25 @@ class RotaryPositions:
         freqs = _frequencies(spatial, theta)
         row_angles = torch.outer(torch.arange(rows, dtype=torch.float64), freqs)
         column_angles = torch.outer(torch.arange(columns, dtype=torch.float64), freqs)
-        self._spatial_angles = torch.cat(
-            [
-                row_angles[:, None].expand(rows, columns, -1),
-                column_angles[None].expand(rows, columns, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 1)  # [tokens, pairs]
+        angles = [row_angles[:, None].expand(rows, columns, -1), column_angles[None].expand(rows, columns, -1)]
+        # The same in every frame, and two thirds of all.
+        self._spatial = _cos_and_sin(torch.cat(angles, dim=-1).flatten(0, 1))  # [tokens, pairs] each
 
     def __call__(self, frames: Sequence[int], device: torch.device | str = "cpu") -> Rotation:
         """Rotation of all tokens of the given frame positions, in order: two [1, F * tokens, 1, head_dim / 2]."""
-        temporal = torch.outer(torch.tensor(frames, dtype=torch.float64), self._temporal_freqs)
-        tokens = len(self._spatial_angles)
-        angles = torch.cat(
-            [
-                temporal[:, None].expand(-1, tokens, -1),
-                self._spatial_angles[None].expand(len(frames), -1, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 1)
-        return _rotation(angles[None, :, None], device)
+        temporal = _cos_and_sin(torch.outer(torch.tensor(frames, dtype=torch.float64), self._temporal_freqs))
+        return tuple(
+            to_device(_joined(of_frames, of_tokens), device)
+            for of_frames, of_tokens in zip(temporal, self._spatial, strict=True)
+        )
 
     def temporal_shift(self, frames: int, device: torch.device | str = "cpu") -> Rotation:
         """Rotation that moves already rotated keys by `frames` in time and leaves rows and columns alone."""
-        pairs = len(self._temporal_freqs) + self._spatial_angles.shape[-1]
+        pairs = len(self._temporal_freqs) + self._spatial[0].shape[-1]
         angles = torch.zeros(pairs, dtype=torch.float64)
         angles[: len(self._temporal_freqs)] = frames * self._temporal_freqs
-        return _rotation(angles[None, None, None], device)
+        cos, sin = _cos_and_sin(angles[None, None, None])
+        return to_device(cos, device), to_device(sin, device)
 
 
 @lru_cache(maxsize=32)
@@ -85,8 +77,16 @@ def _frequencies(channels: int, theta: float) -> torch.Tensor:
     return theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
-def _rotation(angles: torch.Tensor, device: torch.device | str) -> Rotation:
-    return to_device(angles.cos().float(), device), to_device(angles.sin().float(), device)
+def _cos_and_sin(angles: torch.Tensor) -> Rotation:
+    """Of angles in float64, rounded to float32."""
+    return angles.cos().float(), angles.sin().float()
+
+
+def _joined(of_frames: torch.Tensor, of_tokens: torch.Tensor) -> torch.Tensor:
+    """[F, temporal pairs] and [tokens, spatial pairs] -> [1, F * tokens, 1, head_dim / 2]"""
+    frames, tokens = len(of_frames), len(of_tokens)
+    both = [of_frames[:, None].expand(-1, tokens, -1), of_tokens[None].expand(frames, -1, -1)]
+    return torch.cat(both, dim=-1).flatten(0, 1)[None, :, None]
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["UpsamplingConv", "upsampled_conv"]
+__all__ = ["UpsamplingConv", "pays", "upsampled_conv"]
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,6 +35,14 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return out.flatten(4, 5).flatten(2, 3)
 
 
+def pays(x: Tensor) -> bool:
+    """Whether to do so: on a CPU (and in its rehearsal), in float32 and wider.
+
+    In fewer bits sums of weights are rounded, and on a GPU it has not been measured.
+    """
+    return x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64)
+
+
 def _two_taps(weight: Tensor, dim: int) -> Tensor:
     """Three taps on doubled pixels, in dimension `dim`, as two on the pixels themselves: for the first of the two, and
     for the second. [..., 3, ...] -> [..., 2, 2, ...]"""
@@ -44,16 +52,12 @@ def _two_taps(weight: Tensor, dim: int) -> Tensor:
 
 
 class UpsamplingConv(nn.Conv2d):
-    """A 3x3 convolution of the doubled picture: [N, C, h, w] -> [N, O, 2h, 2w].
-
-    The short way is taken on a CPU (and in its rehearsal), in float32 and wider: in fewer bits sums of weights are
-    rounded, and on a GPU it has not been measured.
-    """
+    """A 3x3 convolution of the doubled picture: [N, C, h, w] -> [N, O, 2h, 2w]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64):
+        if pays(x):
             return upsampled_conv(x, self.weight, self.bias)
         return super().forward(F.interpolate(x, scale_factor=2))

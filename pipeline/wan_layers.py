@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from pipeline.upsampling import upsampled_conv
+from pipeline.upsampling import pays, upsampled_conv
 
 __all__ = ["speed_up"]
 
@@ -43,12 +43,19 @@ def _applies(x: Tensor) -> bool:
 
 
 class _CausalConv3d(WanCausalConv3d):
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _applies(input):
-            return super()._conv_forward(input, weight, bias)
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if not _applies(x):
+            return super().forward(x, cache_x)
+        width, _, height, _, before, _ = self._padding
+        if cache_x is not None and before > 0:
+            x = torch.cat([cache_x, x], dim=2)
+            before -= cache_x.shape[2]
+        if before > 0:  # that at the edges is the convolution's own: no copy of the pictures
+            x = F.pad(x, (0, 0, 0, 0, before, 0))
         # For torch.compile the same call under a name of its own: it knows no shapes of oneDNN's.
         convolve = _convolution if torch.compiler.is_dynamo_compiling() else torch.mkldnn_convolution
-        return convolve(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        padding = (0, height, width)
+        return convolve(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
 
 
 def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
@@ -82,6 +89,6 @@ class _RMSNorm(WanRMS_norm):
 
 class _UpsampleAndConvolve(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        if not _applies(x):
+        if not pays(x):
             return super().forward(x)
         return upsampled_conv(x, self[1].weight, self[1].bias)

@@ -164,7 +164,8 @@ def test_no_round_begins_when_time_is_over_but_one_is_made() -> None:
 
 def test_the_work_of_the_published_model_is_as_counted_by_hand() -> None:
     model = load_manifest().model("self-forcing-dmd")
-    work = count_work(builders_of(model), ModelSpec.from_config(dict(model.settings)))
+    builders, spec = builders_of(model), ModelSpec.from_config(dict(model.settings))
+    work = count_work(builders, spec, torch.bfloat16)
     tera = 1e12
     # 4680 tokens a block; layers of 1536 and 8960, 30 of them; see any description of Wan2.1-T2V-1.3B.
     tokens, width, ffn, layers = 4680, 1536, 8960, 30
@@ -172,11 +173,18 @@ def test_the_work_of_the_published_model_is_as_counted_by_hand() -> None:
     assert work.self_attention_frame * 21 == 4 * tokens * 21 * 1560 * width * layers
     assert work.cross_attention == 4 * tokens * 512 * width * layers
     assert [round(work.one_pass(frames) / tera, 1) for frames in (3, 12, 21)] == [16.2, 28.3, 40.4]
-    assert sum(work.block(block, None) for block in range(7)) / tera == pytest.approx(990, rel=1e-3)
+    clip = sum(work.block(block, None) for block in range(7))
+    assert (clip + work.one_pass(21)) / tera == pytest.approx(990, rel=1e-3)  # with the clean pass that nobody needs
     assert [work.context(block) for block in (0, 6, 7, 500)] == [3, 21, 21, 21]
-    assert work.decoders["vae"] / 3 / tera == pytest.approx(13.55, rel=1e-3)
-    assert work.decoders["taehv"] / 3 / tera == pytest.approx(0.544, rel=1e-3)
-    assert work.block(0, "vae") - work.block(0, None) == work.decoders["vae"]
+    assert work.decoding["vae"] / 3 / tera == pytest.approx(13.55, rel=1e-3)
+    assert work.first_decoding["vae"] / tera == pytest.approx(4.35 + 2 * 13.55, rel=1e-3)
+    # As published 0.544: here frames are split before they are doubled.
+    assert work.decoding["taehv"] / 3 / tera == pytest.approx(0.527, rel=1e-3)
+    assert work.block(0, "vae") - work.block(0, None) == pytest.approx(work.first_decoding["vae"], rel=1e-9)
+    assert work.block(3, "vae") - work.block(3, None) == pytest.approx(work.decoding["vae"], rel=1e-9)
+    in_float32 = count_work(builders, spec)
+    assert in_float32.decoding["taehv"] < 0.85 * work.decoding["taehv"]  # no doubled picture is convolved
+    assert 0.8 * work.decoding["vae"] < in_float32.decoding["vae"] < 0.97 * work.decoding["vae"]
 
 
 def figures(clips: list[list[float]], limit: list[float]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.recipe import build_recipe, needed_start, request_from_recipe, set
 from pipeline.start import Start
 from pipeline.start_file import read_start
 from pipeline.start_latents import encode_start
+from pipeline.transformer import TimeEmbedding
 from tests.pictures import encoded, picture, write_video
 from tests.small import write_blocks, write_model_folder
 from training.world import ClipParams, render
@@ -174,19 +175,25 @@ def test_a_frame_wise_model_takes_a_picture_as_its_first_frame(tmp_path: Path) -
     pipe.merge_clean_pass = False
     model = pipe._transformer.apply(fp8=False, compile=False)
     calls: list[tuple[int, float, range]] = []
-    forward, caches = model.forward, []
+    forward, embed_time, caches = model.forward, model.embed_time, []
+    times: dict[int, float] = {}
 
-    def noted(latents: torch.Tensor, timestep: torch.Tensor, *args: Any, cache: Any) -> torch.Tensor:
-        calls.append((latents.shape[1], float(timestep[0, 0]), cache.positions(latents.shape[1])))
+    def embedded(timestep: torch.Tensor) -> TimeEmbedding:
+        made = embed_time(timestep)
+        times[id(made)] = float(timestep[0, 0])
+        return made
+
+    def noted(latents: torch.Tensor, timestep: TimeEmbedding, *args: Any, cache: Any) -> torch.Tensor:
+        calls.append((latents.shape[1], times[id(timestep)], cache.positions(latents.shape[1])))
         flow = forward(latents, timestep, *args, cache=cache)
         if len(calls) == 1:
             caches.append([tuple(part.clone() for part in cache.in_order(layer)) for layer in range(2)])
         return flow
 
-    model.forward = noted
+    model.forward, model.embed_time = noted, embedded
     with recorded(pipe) as latents:
         made = pipe.generate(request(start=image(), seconds=1))
-    model.forward = forward
+    model.forward, model.embed_time = forward, embed_time
     assert [len(made.frames), made.run.num_blocks] == [13, 3]
     # The picture: one clean pass at position 0. Then the first frame that is made takes the steps of a first block.
     assert calls[0] == (1, 0.0, range(1))

@@ -27,7 +27,7 @@ PLACE_POLL_SECONDS = 1.0
 WARMING_POLL_SECONDS = 1.0
 
 OPTIONS = {
-    "compile": ("torch.compile", "Compiles the model in the background and then uses that; faster on long videos."),
+    "compile": ("torch.compile", "Compiled in the background, then used. Meant for GPUs: a CPU gains nothing."),
     "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
     "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
 }
