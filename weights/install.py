@@ -186,12 +186,16 @@ def make_part(part: Part, sources: list[Path], store: Store) -> None:
 
     def write(folder: Path) -> None:
         convert_part(part, sources, folder)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
-        }
+        files = {path.name: {**_stamp(path), "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
         store.remember_part(part, files, folder)
 
     write_whole(store.part_folder(part), write)
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    """What tells without reading a file that it is the one whose hash is known."""
+    found = path.stat()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def link_model(model: Model, store: Store, way: Way) -> Path:
@@ -221,6 +225,8 @@ def _index(model: Model) -> dict[str, object]:
 def verify(model: Model, store: Store, listener: Listener) -> int:
     """Read every file of a model and compare its hash. Returns the number of files.
 
+    Loading a model compares times of writing; those of files that have others now, in a copy perhaps, are noted anew.
+
     Raises:
         WeightsError: a file is missing or damaged. Its part is forgotten, so that `download` fetches it again.
     """
@@ -245,6 +251,11 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
                 raise WeightsError(
                     f"{path.name} of {part.id} has changed since it was downloaded. Get it again with: {again}"
                 )
+        for part in model.parts:
+            known = store.part_files(part)
+            found = {name: entry | _stamp(folder / part.kind / name) for name, entry in known.items()}
+            if found != known:
+                store.remember_part(part, found, store.part_folder(part))
     return len(records)
 
 

@@ -2,7 +2,7 @@
 
     <home>/<model id>/           model folders, for `--model` and `from_pretrained`
     <home>/.parts/<part id>/     converted parts, each once; model folders hold hard links to their files
-                    record.json  of the part: its revision, and size and sha256 of each of its files
+                    record.json  of the part: its revision and kind; of each file size, sha256 and time of writing
     <home>/.downloads/<part id>/ what is on its way
                     <model id>.chosen  the parts of a model that is on its way
     <home>/.state.json           size and sha256 of what was downloaded, to be compared with the next download
@@ -55,7 +55,15 @@ class Store:
         return self.home / model.id
 
     def part_folder(self, part: Part) -> Path:
-        return self.home / ".parts" / part.id
+        return self.part_place(part.id)
+
+    def part_place(self, part_id: str) -> Path:
+        return self.home / ".parts" / part_id
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything was ever put in place here."""
+        return (self.home / ".parts").is_dir()
 
     def download_folder(self, part: Part) -> Path:
         return self.home / ".downloads" / part.id
@@ -119,14 +127,17 @@ class Store:
 
         A record that cannot be read counts as none: the part is damaged, then, and is fetched again.
         """
-        record = _read_json(self.part_folder(part) / RECORD_FILE)
-        if not isinstance(record, dict) or record.get("revision") != part.revision:
-            return {}
-        files = record.get("files")
+        record = self.read_record(part.id)
+        return {} if record is None or record.get("revision") != part.revision else record["files"]
+
+    def read_record(self, part_id: str) -> dict[str, Any] | None:
+        """What was noted of a converted part; None if there is no record that can be read."""
+        record = _read_json(self.part_place(part_id) / RECORD_FILE)
+        files = record.get("files") if isinstance(record, dict) else None
         sound = isinstance(files, dict) and all(
             isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"} for entry in files.values()
         )
-        return files if sound else {}
+        return record if sound else None
 
     def sources(self, part: Part) -> dict[str, dict[str, Any]]:
         """File of the hub -> bytes and sha256 that it had when it was downloaded before, at the same revision.
@@ -150,7 +161,7 @@ class Store:
 
     def remember_part(self, part: Part, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         """Note in a converted part's folder what it consists of."""
-        write_json(folder / RECORD_FILE, {"revision": part.revision, "files": files})
+        write_json(folder / RECORD_FILE, {"revision": part.revision, "kind": part.kind, "files": files})
 
     def forget_part(self, part: Part) -> None:
         """From now on a converted part counts as missing."""
