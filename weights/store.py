@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from pipeline.errors import DownloadError, WeightsError
-from weights.hub import PARTIAL
+from weights.hub import PARTIAL, Resumable
 from weights.links import same_file
 from weights.manifest import Manifest, Model, Part
 
@@ -42,6 +42,10 @@ Presence = Literal["present", "partial", "absent"]
 
 def default_home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+
+
+class DamagedState(Resumable, WeightsError):
+    """Nobody can tell any more what was downloaded."""
 
 
 class Store:
@@ -190,10 +194,9 @@ class Store:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{self._state_file.name} in the folder of the downloads cannot be read. Delete it, then run the same "
-                "command again: nothing that is here is fetched again, but hashes that nobody has published are "
-                "forgotten."
+            raise DamagedState(
+                f"{self._state_file.name} in the folder of the downloads cannot be read. Delete it: nothing that is "
+                "here is fetched again, but hashes that nobody has published are forgotten."
             ) from error
         return state
 
