@@ -16,7 +16,7 @@ from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
 from pipeline.file_hashes import FileHashes, hash_files
-from pipeline.load_lock import LOAD_LOCK
+from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
 from weights.stored import stored_at
@@ -98,7 +98,7 @@ class ModelFolder:
         """
         self._check(name)
         try:
-            with LOAD_LOCK:
+            with loading_alone():
                 model, report = CLASSES[name][1].from_pretrained(
                     self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
                 )

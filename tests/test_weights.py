@@ -353,7 +353,7 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(hub: Hub, store: St
 def test_the_disk_that_a_download_needs_is_counted_as_it_will_be_written(
     hub: Hub, store: Store, model: Model, published: Path
 ) -> None:
-    """Half of the transformer's file remains, where it is written in 16 bits, and twice the 8-bit encoder's matrices."""
+    """A transformer that is written in 16 bits takes half of its file; 8-bit matrices grow."""
     exact = load_manifest(published).parts["text-fp8"]
     model = model.with_part(exact)
     parts = [replace(part, dtype="bfloat16" if part is model.transformer else part.dtype) for part in model.parts]
