@@ -138,10 +138,11 @@ def _expected(part: Part, file: RemoteFile, store: Store) -> Expected:
 def _converted_bytes(part: Part, download_bytes: int) -> int:
     """What the converted part will take, and a little more: its numbers are written in a type of the manifest's choice.
 
-    Published transformers are halved, text encoders in 8 bits doubled. Those that keep their type keep their size.
+    Published transformers are halved, text encoders in 8 bits doubled. Those that keep their type keep their size, but
+    for TAEHV, which is published in 16 bits and written in 32.
     """
     if part.dtype is None:
-        return download_bytes
+        return 2 * download_bytes if part.kind == "taehv" else download_bytes
     from weights.blueprints import count_of  # torch; a plan in which nothing is missing needs none
 
     return count_of(part) * _DTYPE_BYTES[part.dtype] + HEADER_BYTES
