@@ -22,8 +22,8 @@ TEMPLATES, LANGUAGE = "templates", "language"
 TITLES = {TEMPLATES: "Templates", LANGUAGE: "Language model"}
 _SHOWN_WORDS = 12
 _HINT = (
-    "<p>This model wants long, detailed prompts: who and what, where, in which light, how it moves. The operator of this "
-    "page gets an Enhance button, which writes them out, with <code>python app.py --enhancer</code>.</p>"
+    "<p>This model wants long, detailed prompts: who and what, where, in which light, how it moves. The operator of "
+    "this page gets an Enhance button, which writes them out, with <code>python app.py --enhancer</code>.</p>"
 )
 _LIVE = '<p class="sf-sr" role="status" aria-live="polite"></p>'
 """Is there from the beginning and filled by a script: a region that comes together with its text is often not read."""
