@@ -540,9 +540,10 @@ def test_without_hard_links_there_are_others_or_copies(
     hub.requests.clear()
     get(model, store)
     assert hub.requests == []
-    content = bytearray(weights.read_bytes())
+    content, before = bytearray(weights.read_bytes()), weights.stat()
     content[-1] ^= 1
     weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # or a copy counts as another file at once
     with pytest.raises(WeightsError, match="has changed"):
         verify(model, store, lambda progress: None)
     shutil.copytree(store.home, store.home.with_name("moved"), symlinks=True)
