@@ -53,7 +53,7 @@ def load_parts(
         if stride not in (None, spec.spatial_stride):
             raise WeightsError(
                 f"The {name} of {spec.name} makes {stride} pixels of a latent cell, but model_index.json says "
-                f"spatial_stride {spec.spatial_stride}. Get the model folder again."
+                f"spatial_stride {spec.spatial_stride}. {source.mend}"
             )
     return {
         "spec": spec,

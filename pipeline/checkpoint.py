@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def load_tensors(path: str | Path) -> Mapping[str, Any]:
             return load_file(path)
         # Only the zip archives of newer versions of torch can be mapped.
         loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, OSError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, OSError) as error:
         # A file that is cut off may send its reader to places before its beginning, which is EINVAL.
         if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
             raise WeightsError(

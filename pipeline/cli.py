@@ -328,14 +328,23 @@ def _free_name(request: GenerationRequest) -> Path:
 def check_model_folder(folder: Path) -> Path:
     """Refuse a folder that is no model before torch is imported to find that out."""
     if not _is_dir(folder):
-        raise WeightsError(f"There is no model folder {_shown(folder)}. Pass an existing one with --model.")
+        raise WeightsError(
+            f"There is no model folder {_shown(folder)}. {_how_to_get(folder) or 'Pass an existing one with --model.'}"
+        )
     try:
         found = (folder / "model_index.json").is_file()
     except OSError as error:
         raise WeightsError(f"The model folder {_shown(folder)} cannot be read ({error.strerror}).") from error
     if not found:
-        raise WeightsError(f"{_shown(folder)} is not a model folder: it has no model_index.json.")
+        advice = _how_to_get(folder) or "Pass another one with --model."
+        raise WeightsError(f"{_shown(folder)} is not a model folder: it has no model_index.json. {advice}")
     return folder
+
+
+def _how_to_get(folder: Path) -> str | None:
+    from weights.stored import how_to_get  # and with it the hub's library, which a folder that is there does not need
+
+    return how_to_get(folder)
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:

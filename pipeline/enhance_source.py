@@ -17,7 +17,7 @@ import psutil
 
 from pipeline.disk import free_disk
 from pipeline.errors import DownloadError, InvalidRequest, OutOfMemory, WeightsError
-from pipeline.load_lock import LOAD_LOCK
+from pipeline.load_lock import loading_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class Place:
         folder = Path(self.name) if self.revision is None else self._fetched(shown)
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
-            with LOAD_LOCK:
+            with loading_alone():
                 _check_memory(folder, shown)  # here: what was loaded while this waited has its memory now
                 tokenizer = AutoTokenizer.from_pretrained(folder, **options)
                 model, report = AutoModelForCausalLM.from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
-from pipeline.load_lock import LOAD_LOCK
+from pipeline.file_hashes import FileHashes, hash_files
+from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
+from weights.stored import stored_at
 
 INDEX_FILE = "model_index.json"
 PIPELINE_CLASS = "SelfForcingPipeline"
@@ -49,17 +50,18 @@ class ModelFolder:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._name = self._folder.name
+        self._stored = stored_at(self._folder)
+        self._hashes: dict[str, tuple[list[tuple[str, int, int]], FileHashes]] = {}
+        """Part -> name, size and time of writing of its weight files, and their hashes."""
         try:
             index = json.loads((self._folder / INDEX_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise WeightsError(
-                f"{self._name!r} is not a model folder: it has no {INDEX_FILE}. Pass the folder of a model, for "
-                "example weights/embedded."
-            ) from error
+            advice = "Pass the folder of a model, for example weights/embedded."
+            if self._stored is not None:
+                advice = f"Get it with {self._stored.get}."
+            raise WeightsError(f"{self._name!r} is not a model folder: it has no {INDEX_FILE}. {advice}") from error
         except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"The {INDEX_FILE} of {self._name!r} cannot be read. Get the model folder again."
-            ) from error
+            raise WeightsError(f"The {INDEX_FILE} of {self._name!r} cannot be read. {self.mend}") from error
         if not isinstance(index, dict) or index.get("_class_name") != PIPELINE_CLASS:
             found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
             raise WeightsError(f"{self._name!r} is a folder for {found}, not for {PIPELINE_CLASS}.")
@@ -68,6 +70,11 @@ class ModelFolder:
             if entry != expected and not (entry is None and name in OPTIONAL):
                 raise WeightsError(f"The {name} of {self._name!r} is {entry}, but must be {expected}.")
         self._index = index
+
+    @property
+    def mend(self) -> str:
+        """What to do about a folder with something wrong in it, as a sentence."""
+        return "Get the model folder again." if self._stored is None else self._stored.mend
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -85,35 +92,37 @@ class ModelFolder:
         """One part, on the CPU, ready for inference. Libraries only warn when tensors are missing; here it is an error.
 
         Raises:
-            WeightsError: a file is missing or damaged, or does not fit its config.
+            WeightsError: a file is missing or damaged, or does not fit its config. A folder of the store is compared
+                with what was downloaded before anything is loaded: the transformer by its hash, since that is needed
+                anyway, all else by sizes and times of writing, see `weights.stored`.
         """
+        self._check(name)
         try:
-            with LOAD_LOCK:
+            with loading_alone():
                 model, report = CLASSES[name][1].from_pretrained(
                     self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise WeightsError(
                 f"The {name} of {self.spec.name} cannot be loaded: a file in {self._name}/{name} is missing or "
-                "damaged, or does not fit its config. Get the model folder again."
+                f"damaged, or does not fit its config. {self.mend}"
             ) from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(problem) or ())):
                 raise WeightsError(
                     f"The {name} of {self.spec.name} does not fit its config: {len(names)} "
-                    f"{problem.replace('_', ' ')}, the first is {names[0]}. Get the model folder again."
+                    f"{problem.replace('_', ' ')}, the first is {names[0]}. {self.mend}"
                 )
         return model.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        self._check("tokenizer")
         try:
             return AutoTokenizer.from_pretrained(
                 self._folder / "tokenizer", local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(
-                f"The tokenizer in {self._name}/tokenizer is missing or damaged. Get the model folder again."
-            ) from error
+            raise WeightsError(f"The tokenizer in {self._name}/tokenizer is missing or damaged. {self.mend}") from error
 
     def load_enhancer(self, vocabulary: frozenset[str]) -> TemplateEnhancer | None:
         """The templates for prompts, if the folder has any.
@@ -131,15 +140,33 @@ class ModelFolder:
         if strange or enhancer.max_words >= self.spec.text_len:  # one more is the end
             raise WeightsError(
                 f"The {TEMPLATES_FILE} of {self._name!r} belongs to another model: its sentences hold words that this "
-                "one does not know, or more than it reads. Get the model folder again."
+                f"one does not know, or more than it reads. {self.mend}"
             )
         return enhancer
 
     def sha256(self, name: str) -> str:
-        """Hash of a part's weight files, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted((self._folder / name).glob("*.safetensors")):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        """Hash of a part's weight files, in the order of their names.
+
+        Raises:
+            WeightsError: one cannot be read.
+        """
+        return self._hashed(name).together
+
+    def _hashed(self, name: str) -> FileHashes:
+        """Hashes of a part's weight files. What has not been written since is not read again."""
+        try:
+            files = sorted((self._folder / name).glob("*.safetensors"))
+            stamps = [(path.name, (about := path.stat()).st_size, about.st_mtime_ns) for path in files]
+            if name not in self._hashes or self._hashes[name][0] != stamps:
+                self._hashes[name] = stamps, hash_files(files)
+        except OSError as error:
+            raise WeightsError(
+                f"A file in {self._name}/{name} cannot be read ({error.strerror}). {self.mend}"
+            ) from error
+        return self._hashes[name][1]
+
+    def _check(self, name: str) -> None:
+        if self._stored is None:
+            return
+        hashes = self._hashed(name).single if name == "transformer" else {}
+        self._stored.check(name, hashes.get)

@@ -115,6 +115,27 @@ def test_without_an_enhancer_there_is_no_button(both: tuple[Server, SlowLanguage
         assert "--" not in str(refused.value), "a visitor cannot start the program with other options"
 
 
+def test_a_model_for_long_prompts_says_so_where_nothing_writes_them(
+    both: tuple[Server, SlowLanguage], bare, templates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, language = both
+
+    def hint() -> dict[str, Any]:
+        server.page.fit_to_model()
+        parts = server.demo.config["components"]
+        return next(part["props"] for part in parts if part["props"].get("elem_id") == "prompt-hint")
+
+    bare(None, None)
+    assert not hint()["visible"], "a model with a list of words wants short sentences of those"
+    monkeypatch.setattr(server.page.generator.pipeline, "known_words", lambda: [])
+    shown = hint()
+    assert shown["visible"] and "long, detailed prompts" in shown["value"] and "app.py --enhancer" in shown["value"]
+    for makers in ((templates, None), (None, language)):
+        bare(*makers)
+        assert not hint()["visible"]
+    assert server.page.ui.without_model()[server.page.ui.suggestion.hint] == {"visible": False}
+
+
 def test_where_there_is_one_there_is_no_choice(both: tuple[Server, SlowLanguage], bare, templates) -> None:
     server, language = both
     bare(templates, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from pipeline.errors import InvalidRequest, WeightsError
 from tests.hub import write_published
-from weights.manifest import load_manifest
+from weights.manifest import MANIFEST_FILE, load_manifest
+from weights.progress import about
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +248,15 @@ def test_what_is_no_manifest_is_said(published: Path, content: str) -> None:
     bad.write_text(content)
     with pytest.raises(WeightsError, match="[Mm]anifest"):
         load_manifest(bad)
+
+
+def test_unknown_sizes_are_estimated_from_the_same_network() -> None:
+    manifest = load_manifest()
+    sid, dmd = manifest.model("self-forcing-sid"), manifest.model("self-forcing-dmd")
+    assert sid.transformer.known_bytes is None
+    known = [model.transformer.known_bytes for model in manifest.models.values()]
+    assert manifest.likely_bytes(sid.transformer) == max(size for size in known if size is not None)
+    assert manifest.likely_bytes(dmd.transformer) == dmd.transformer.known_bytes
+    alone = replace(sid.transformer, config=MANIFEST_FILE)
+    assert manifest.likely_bytes(alone) is None
+    assert about(17_589_879_834) == "about 17.6 GB" and about(203_000) == "about 203 kB"

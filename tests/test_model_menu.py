@@ -21,10 +21,11 @@ from tests.scripted import SPEC, ScriptedPipeline
 from tests.server import Refused, Server
 from tests.small import write_model_folder
 from tests.waiting import wait_until
-from web.downloads import Downloads
+from web.downloads import Downloads, DownloadState
 from web.models import ModelChoices
 from weights.install import download
 from weights.manifest import load_manifest
+from weights.progress import gigabytes
 from weights.store import Store
 
 
@@ -232,7 +233,50 @@ def test_what_goes_wrong_is_shown(site: Server, hub: Hub) -> None:
     hub.status = {"generator.pt": 500}
     site.run("small", "0", name="start_download")
     wait_until(lambda: not site.page.ui.models.downloads.state.running, 60)
-    assert "answered 500" in card(site.run("small", "0", name="show")[-1])
+    shown = card(site.run("small", "0", name="show")[-1])
+    assert "answered 500" in shown and "kept. Press “Download" in shown and "python -m" not in shown
+
+
+def test_a_download_that_broke_off_tells_which_button_goes_on(site: Server, hub: Hub) -> None:
+    state = site.page.ui.models.downloads.state = DownloadState("small", running=False, error="It broke off.")
+    part = site.choices.store.home / ".downloads" / "small" / "generator.pt.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"begun")
+    values = site.run("small", "0", name="show")[-1]
+    assert "It broke off. Press “Go on with the download” below." in card(values)
+    assert settings(values[-2])["value"] == "Go on with the download", "the button that it means"
+    state.resumable = False
+    assert "Press" not in card(site.run("small", "0", name="show")[-1])
+
+
+def test_what_is_here_tells_its_size(site: Server, hub: Hub) -> None:
+    get(site, "small")
+    shown = card(site.run("small", "0", name="show")[-1])
+    store = site.choices.store
+    model = load_manifest(site.choices.manifest_file).model("small")
+    sizes = [sum(entry["bytes"] for entry in store.part_files(part).values()) for part in model.parts]
+    said = f"It is here. {gigabytes(sum(sizes))} on the disk, {gigabytes(sum(sizes[1:]))} of it for other models, too."
+    assert said in shown
+    (site.choices.folder / "vae").mkdir()
+    (site.choices.folder / "vae" / "weights").write_bytes(b"x" * 5000)
+    assert "<b>In use.</b> 5 kB on the disk." in card(site.run("own", "0", name="show")[-1])
+
+
+def test_a_size_that_nobody_published_is_an_estimate(tmp_path: Path, published: Path) -> None:
+    data = json.loads(published.read_text())
+    data["models"][1]["files"][0] |= {"bytes": None, "sha256": None}
+    manifest = published.with_name("estimated.json")
+    manifest.write_text(json.dumps(data))
+    choices = ModelChoices(tmp_path / "own", load, "download", Store(tmp_path / "home"), manifest)
+    server = Server(ScriptedPipeline(), models=choices)
+    try:
+        exact, likely = (server.run(name, "0", name="show")[-1] for name in ("small", "other"))
+        total = gigabytes(sum(part.known_bytes or 0 for part in load_manifest(published).model("small").parts))
+        assert f"Not here: {total} to download" in card(exact) and settings(exact[-2])["value"] == f"Download {total}"
+        assert f"Not here: about {total} to download" in card(likely)
+        assert settings(likely[-2])["value"] == f"Download about {total}"
+    finally:
+        server.close()
 
 
 def test_a_page_that_may_only_switch_downloads_nothing(site: Server, published: Path, tmp_path: Path) -> None:

@@ -56,6 +56,51 @@ def test_attention_and_switches_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["taehv"]["decoder"] == "TAEHV" and rows["compile"]["not_here"] == "Not now."
 
 
+def test_a_start_and_an_offloaded_text_encoder_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "proof.json"
+    arguments = [*BRIEF, "--work", str(tmp_path / "work"), "--report", str(report)]
+    assert main([*arguments, "--parts", "start,offload"]) == 0
+    found = json.loads(report.read_text())
+    rows = {f"{row['part']} {row['case']}": row["facts"] for row in found["rows"]}
+    assert list(rows) == ["start picture", "start picture+taehv", "offload text", "offload text in 8 bits"]
+    assert rows["start picture+taehv"]["decoder"] == "TAEHV" and rows["start picture"]["frames"] > 9
+    assert rows["offload text"]["text encoder"] == "comes and goes"
+    assert "8 bits" in rows["offload text in 8 bits"]["text encoder"]
+    assert all(facts["planned_gb"] is not None and facts["peak_gb"] is None for facts in rows.values())
+    assert "without a GPU" in found["remark"] and found["remark"] in capsys.readouterr().out
+
+
+def test_more_memory_than_was_planned_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+    proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
+    monkeypatch.setattr(prove_on_gpu, "CARDS", (8,))
+    for peak, passed in ((100, True), (5 * prove_on_gpu.GB, False)):
+        monkeypatch.setattr(proof, "peak", lambda peak=peak: peak)
+        proof.rows.clear()
+        for prove in (prove_on_gpu.prove_plans, prove_on_gpu.prove_start, prove_on_gpu.prove_offload):
+            prove(proof)
+        assert len(proof.rows) == 5 and {row.passed for row in proof.rows} == {passed}
+        assert passed or all(row.error.startswith("5.0 GB were allocated, 0.0") for row in proof.rows)
+
+
+def test_an_offloaded_text_encoder_that_changes_the_video_or_a_start_without_effect_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
+    make, load, offloaded = proof.make, proof.load, []
+    monkeypatch.setattr(proof, "load", lambda **settings: offloaded.append(settings) or load(**settings))
+
+    def other(pipe: object, start: object = None, **changes: object) -> tuple[object, dict[str, object]]:
+        frames, facts = make(pipe, **changes)
+        return (255 - frames if offloaded[-1] else frames), facts
+
+    monkeypatch.setattr(proof, "make", other)
+    prove_on_gpu.prove_start(proof)
+    prove_on_gpu.prove_offload(proof)
+    errors = [row.error for row in proof.rows]
+    assert errors[0] == "the picture changes nothing"
+    assert errors[2] == "the video is another one than with the text encoder on the device"
+
+
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
     def broken() -> dict[str, object]:
         raise RuntimeError("no kernel image\nis available")

@@ -41,6 +41,8 @@ class DownloadState:
     line: str = ""
     """Bytes, speed and time left, in words."""
     error: str = ""
+    resumable: bool = True
+    """After an error: whether another download goes on from what has come."""
     stopped: bool = False
 
 
@@ -118,9 +120,7 @@ class Downloads:
                 tail = complaints.read().decode("utf-8", "replace")
             if code != 0 and not state.stopped:
                 logger.error("The download of %s ended with %d\n%s", state.model_id, code, tail)
-                state.error = state.error or (
-                    "The download ended unexpectedly. What has come is kept: download again to go on."
-                )
+                state.error = state.error or "The download ended unexpectedly. What has come is kept."
             state.running = False
 
     def _read(self, event: dict[str, Any], state: DownloadState) -> None:
@@ -133,4 +133,4 @@ class Downloads:
                 line += f" · {duration(event['seconds_left'])} left"
             state.line = line
         elif event.get("event") == "error" and not state.stopped:
-            state.error = event["message"]
+            state.error, state.resumable = event["message"], bool(event.get("resumable"))

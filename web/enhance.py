@@ -21,6 +21,10 @@ from web.adapter import AdaptedPipeline
 TEMPLATES, LANGUAGE = "templates", "language"
 TITLES = {TEMPLATES: "Templates", LANGUAGE: "Language model"}
 _SHOWN_WORDS = 12
+_HINT = (
+    "<p>This model wants long, detailed prompts: who and what, where, in which light, how it moves. The operator of "
+    "this page gets an Enhance button, which writes them out, with <code>python app.py --enhancer</code>.</p>"
+)
 _LIVE = '<p class="sf-sr" role="status" aria-live="polite"></p>'
 """Is there from the beginning and filled by a script: a region that comes together with its text is often not read."""
 
@@ -108,6 +112,7 @@ class SuggestionBox:
             elem_id="enhance-by",
             visible=False,
         )
+        self.hint = gr.HTML(_HINT, elem_id="prompt-hint", padding=False, visible=False)
         with gr.Column(visible=False, min_width=0, elem_id="suggestion-box") as self.box:
             self.text = gr.Textbox(label="Suggestion", lines=3, max_lines=8, elem_id="suggestion")
             self.notes = gr.HTML("", elem_id="suggestion-notes", padding=False)
@@ -118,9 +123,15 @@ class SuggestionBox:
         # Which prompt was asked about last, and how often. Not a `gr.State`: it travels with the event.
         self.asked = gr.Button("", visible="hidden", elem_id="enhance-asked")
 
-    def fitted_to(self, kinds: list[str]) -> dict[Any, dict[str, Any]]:
-        """Component -> its settings, where these make suggestions."""
-        return {self.button: {"visible": bool(kinds)}, self.by: {"visible": len(kinds) > 1}}
+    def fitted_to(self, kinds: list[str], model: AdaptedPipeline | None = None) -> dict[Any, dict[str, Any]]:
+        """Component -> its settings, where these make suggestions for this model; None: there is none."""
+        # Whoever has a list of words writes short sentences of those; only a model that reads any text wants long ones.
+        wants_more = model is not None and model.spec is not None and not kinds and not model.known_words()
+        return {
+            self.button: {"visible": bool(kinds)},
+            self.by: {"visible": len(kinds) > 1},
+            self.hint: {"visible": wants_more},
+        }
 
     @property
     def shown(self) -> list[Any]:

@@ -157,6 +157,7 @@ class Layout:
             self.word_list,
             self.suggestion.button,
             self.suggestion.by,
+            self.suggestion.hint,
         ]
         return [*fitted, *self.options.values(), *self.compare.fitted, *self.start.fitted]
 
@@ -185,7 +186,7 @@ class Layout:
             self.settings_notice: {"value": plan},
             self.words: {"label": f"The {len(words)} words this model knows", "visible": bool(words)},
             self.word_list: {"value": pieces.word_list(words)},
-            **self.suggestion.fitted_to(self._help.kinds(model)),
+            **self.suggestion.fitted_to(self._help.kinds(model), model),
         }
         for name, option in self.options.items():
             said = " ".join(filter(None, (OPTIONS[name][1], notes.get(name))))

@@ -21,8 +21,8 @@ from pipeline.config import ModelSpec
 from pipeline.errors import InvalidRequest, SelfForcingError
 from pipeline.worker import ModelWorker
 from web.downloads import Downloads
-from weights.manifest import MANIFEST_FILE, Manifest, Model, load_manifest
-from weights.progress import gigabytes
+from weights.manifest import KINDS, MANIFEST_FILE, Manifest, Model, load_manifest
+from weights.progress import about, gigabytes
 from weights.store import INDEX_FILE, Store
 
 MenuMode = Literal["switch", "download"]
@@ -87,14 +87,12 @@ class ModelMenu:
         state = self._state(name)
         running = self._downloading()
         may_get = self._choices.mode == "download"
-        missing = f" {gigabytes(size)}" if (size := self._missing_bytes(name)) else ""
-        begun = state == "partial"
         return (
             self.card_of(name),
             gr.update(visible=state == "present" and name != self._current),
             gr.update(
                 visible=state != "present" and may_get and not running,
-                value="Go on with the download" if begun else f"Download{missing}",
+                value=self._get_label(name),
             ),
             gr.update(visible=may_get and running == name and not self.downloads.stopping),
         )
@@ -105,6 +103,12 @@ class ModelMenu:
         self.card.value = self.card_of(name)
         self.use.visible = self._current is None and self._state(name) == "present"
         self.get.visible = self.end.visible = False
+
+    def _get_label(self, name: str) -> str:
+        """What the button says that fetches a model."""
+        if self._state(name) == "partial":
+            return "Go on with the download"
+        return f"Download {size}" if (size := self._missing(name)) else "Download"
 
     @property
     def waiting(self) -> str:
@@ -178,15 +182,16 @@ class ModelMenu:
         download = self.downloads.state
         lines = []
         if name == self._current:
-            lines.append("<p><b>In use.</b></p>")
+            lines.append(f"<p><b>In use.</b> {self._size_here(name)}</p>")
         if model is None:
-            return f'<div class="sf-models">{"".join(lines) or "<p>Here.</p>"}</div>'
+            return f'<div class="sf-models">{"".join(lines) or f"<p>Here. {self._size_here(name)}</p>"}</div>'
         if download is not None and download.running and download.model_id == name:
             if download.stopped:
                 return _bar("Stopping …", "What has come is kept.", download.share)
             return _bar("Downloading", download.line or download.stage, download.share, download.stage)
         if download is not None and download.error and download.model_id == name:
-            lines.append(f'<p class="sf-wrong">{escape(download.error)}</p>')
+            again = f" Press “{self._get_label(name)}” below." if download.resumable else ""
+            lines.append(f'<p class="sf-wrong">{escape(download.error + again)}</p>')
         if name != self._current:
             lines.append(f"<p>{escape(model.note)} {self._state_in_words(name)}</p>")
         frame = model.spec
@@ -196,14 +201,29 @@ class ModelMenu:
         return f'<div class="sf-models">{"".join(lines)}</div>'
 
     def _state_in_words(self, name: str) -> str:
-        state, missing = self._state(name), self._missing_bytes(name)
+        state, missing = self._state(name), self._missing(name)
         if state == "present":
-            return "It is here."
+            return f"It is here. {self._size_here(name)}"
         size = "how much there is to download shows at its start"
         if missing is not None:
-            size = f"{gigabytes(missing)} to download" if missing else "what came needs to be put together"
+            size = f"{missing} to download" if missing else "what came needs to be put together"
         advice = "" if self._choices.mode == "download" else " The operator of this page can get it."
         return f"{'Partly' if state == 'partial' else 'Not'} here: {size}.{advice}"
+
+    def _size_here(self, name: str) -> str:
+        """What a model that is here takes, as a sentence."""
+        model, shared = self._model(name), ""
+        if model is None:
+            folder = self._folders[name]
+            files = [path for kind in KINDS for path in (folder / kind).glob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
+        else:
+            size, own = (
+                sum(entry["bytes"] for part in parts for entry in self._choices.store.part_files(part).values())
+                for parts in (model.parts, model.parts[:1])
+            )
+            shared = f", {gigabytes(size - own)} of it for other models, too"
+        return f"{gigabytes(size)} on the disk{shared}." if size else ""
 
     def _title(self, name: str) -> str:
         model = self._model(name)
@@ -224,17 +244,23 @@ class ModelMenu:
         state = self.downloads.state
         return state.model_id if state is not None and state.running else ""
 
-    def _missing_bytes(self, name: str) -> int | None:
-        """What would have to be fetched; None if nobody knows."""
+    def _missing(self, name: str) -> str | None:
+        """How much would have to be fetched, in words, and as an estimate where it is one.
+
+        Empty: nothing. None if nobody knows.
+        """
         model = self._model(name)
         if model is None:
-            return 0
+            return ""
         store = self._choices.store
-        missing = [part for part in model.parts if not store.has_part(part)]
-        if any(part.known_bytes is None for part in missing):
+        parts = [part for part in model.parts if not store.has_part(part)]
+        sizes = [self._manifest.likely_bytes(part) for part in parts]
+        if None in sizes:
             return None
-        here = sum(store.fetched_bytes(part, file.name) for part in missing for file in part.files)
-        return max(0, sum(part.known_bytes or 0 for part in missing) - here)
+        here = sum(store.fetched_bytes(part, file.name) for part in parts for file in part.files)
+        size = max(0, sum(size or 0 for size in sizes) - here)
+        in_words = gigabytes if all(part.known_bytes is not None for part in parts) else about
+        return in_words(size) if size else ""
 
 
 def _licence(model: Model) -> str:

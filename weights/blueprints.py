@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
@@ -13,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from pipeline.checkpoint import wan_transformer
 from pipeline.taehv import TAEHV
 from weights.convert import read_config
-from weights.manifest import Model
+from weights.manifest import Model, Part
 
 _MAKE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "transformer": wan_transformer,
@@ -25,8 +26,19 @@ _MAKE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 
 def builders_of(model: Model) -> dict[str, Callable[[], nn.Module]]:
     """Part -> makes it, on torch's default device."""
-    return {
-        part.kind: partial(_MAKE[part.kind], {} if part.config is None else read_config(part.config))
-        for part in model.parts
-        if part.kind in _MAKE
-    }
+    return {part.kind: _builder(part) for part in model.parts if part.kind in _MAKE}
+
+
+def count_of(part: Part) -> int:
+    """How many numbers a part's network has, as they are written: what has two names is counted once.
+
+    Raises:
+        WeightsError: its config cannot be read.
+    """
+    with torch.device("meta"):
+        network = _builder(part)()
+    return sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _builder(part: Part) -> Callable[[], nn.Module]:
+    return partial(_MAKE[part.kind], {} if part.config is None else read_config(part.config))

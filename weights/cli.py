@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 from pipeline.cli import SentenceParser, say
 from pipeline.errors import InvalidRequest, SelfForcingError, WeightsError
 from pipeline.process import quiet_libraries, terminate_like_interrupt
+from weights.hub import KEPT, Resumable
 from weights.install import download, verify
-from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, load_manifest
-from weights.progress import Listener, Progress, gigabytes
+from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, Part, load_manifest
+from weights.progress import Listener, Progress, about, gigabytes
 from weights.store import Store
 
 EXIT_FAILED = 1
@@ -27,27 +29,36 @@ IN_WORDS = {"present": "here", "partial": "partly here", "absent": "not here"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad input or bad files) or 130 (Ctrl-C)."""
-    as_json = False
+    as_json, downloads = False, False
+    argv = sys.argv[1:] if argv is None else argv
+    same = f"`python -m weights {shlex.join(argv)}`"
     try:
         options = parse(argv)
-        as_json = options.json
+        as_json, downloads = options.json, options.command is download_model
         quiet_libraries(options.verbose)
         terminate_like_interrupt()
         options.command(options)
         return 0
     except KeyboardInterrupt:
-        return _fail("Stopped. What has come is kept: the same command goes on from there.", EXIT_INTERRUPTED, as_json)
+        again = same if downloads else None
+        return _fail(f"Stopped. {KEPT}" if downloads else "Stopped.", EXIT_INTERRUPTED, as_json, again)
     except (InvalidRequest, WeightsError) as error:
-        return _fail(str(error), EXIT_BAD_INPUT, as_json)
+        return _fail(str(error), EXIT_BAD_INPUT, as_json, same if isinstance(error, Resumable) else None)
     except SelfForcingError as error:
-        return _fail(str(error), EXIT_FAILED, as_json)
+        return _fail(str(error), EXIT_FAILED, as_json, same if isinstance(error, Resumable) else None)
 
 
-def _fail(message: str, code: int, as_json: bool) -> int:
+def _fail(message: str, code: int, as_json: bool, again: str | None) -> int:
+    """Say what went wrong.
+
+    Args:
+        again: the command that goes on from there, if there is one. JSON only tells that there is one: whoever reads
+            that for a user may have a button for it.
+    """
     if as_json:
-        _print({"event": "error", "message": message, "code": code})
+        _print({"event": "error", "message": message, "code": code, "resumable": again is not None})
     else:
-        say(message)
+        say(message if again is None else f"{message} Go on with {again}.")
     return code
 
 
@@ -102,18 +113,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def list_models(options: argparse.Namespace) -> None:
     manifest, store = load_manifest(options.manifest), Store(options.home)
     rows = [_summary(store.as_installed(model, manifest), store) for model in manifest.models.values()]
+    parts = [model.transformer for model in manifest.models.values()]
     if options.json:
         _print(rows)
         return
     width = max(len(row["id"]) for row in rows) if rows else 0
-    for row in rows:
-        size = "size unknown" if row["bytes"] is None else gigabytes(row["bytes"])
-        _write(f"{row['id']:<{width}}  {IN_WORDS[row['state']]:<11}  {size:>12}  {row['title']} ({row['licence']})")
+    for row, part in zip(rows, parts, strict=True):
+        size = _size_of(part, manifest)
+        _write(f"{row['id']:<{width}}  {IN_WORDS[row['state']]:<11}  {size:>14}  {row['title']} ({row['licence']})")
     _write("\nSizes are without the parts that all share. `python -m weights info ID` tells more.")
 
 
 def show_model(options: argparse.Namespace) -> None:
-    model, store = _chosen(options), Store(options.home)
+    manifest, model, store = load_manifest(options.manifest), _chosen(options), Store(options.home)
     parts = [
         {
             "id": part.id,
@@ -133,7 +145,7 @@ def show_model(options: argparse.Namespace) -> None:
         return
     _write(f"{model.title}: {model.note} It is {IN_WORDS[about['state']]}.")
     for part in model.parts:
-        size = "size unknown" if part.known_bytes is None else gigabytes(part.known_bytes)
+        size = _size_of(part, manifest)
         here = "here" if store.has_part(part) else "to download"
         _write(f"\n{part.title} ({part.kind}): {size}, {here}")
         _write(f"  {part.repository} at {part.revision}")
@@ -219,6 +231,13 @@ def _summary(model: Model, store: Store) -> dict[str, Any]:
         "state": store.presence(model),
         "folder": str(store.model_folder(model)),
     }
+
+
+def _size_of(part: Part, manifest: Manifest) -> str:
+    """Of a download, in words."""
+    if part.known_bytes is not None:
+        return gigabytes(part.known_bytes)
+    return "size unknown" if (likely := manifest.likely_bytes(part)) is None else about(likely)
 
 
 def _licences(model: Model) -> dict[Any, list[str]]:

@@ -30,6 +30,24 @@ HASH_CHUNK = 1 << 22
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class Resumable(Exception):
+    """Mixed into errors after which the same download may be begun again, and goes on from what has come.
+
+    Their sentences do not say how: on a command line that is a command, on a page a button.
+    """
+
+
+class BrokenOff(Resumable, DownloadError):
+    """A download ended early."""
+
+
+class WrongFile(Resumable, WeightsError):
+    """What came is another file than the one that is meant, and was deleted."""
+
+
+KEPT = "What has come is kept."
+
+
 @dataclass(frozen=True)
 class RemoteState:
     """What the hub says of a file."""
@@ -69,7 +87,8 @@ def fetch(part: Part, file: RemoteFile, size: int, folder: Path, meter: Meter) -
     """The file, complete, in `folder`. Goes on where an earlier call was cut off.
 
     Raises:
-        DownloadError: with what has come so far kept.
+        BrokenOff: with what has come so far kept.
+        DownloadError: the hub does not give it.
     """
     target = folder / file.name
     if target.is_file() and target.stat().st_size == size:
@@ -144,14 +163,13 @@ def _silent_bar(meter: Meter, done: int) -> type[tqdm]:
 @contextmanager
 def _explained(part: Part, file: RemoteFile) -> Iterator[None]:
     """Whatever the network, the hub or the disk have to say, in one sentence with what to do."""
-    again = "What has come is kept: the same command goes on from there."
     what = f"{file.name} of {part.repository}"
     try:
         yield
     except (DownloadError, WeightsError):
         raise
     except hub_errors.OfflineModeIsEnabled as error:
-        raise DownloadError(f"{what} is not here and HF_HUB_OFFLINE is set. Unset it and try again.") from error
+        raise BrokenOff(f"{what} is not here and HF_HUB_OFFLINE is set. Unset it. {KEPT}") from error
     except hub_errors.GatedRepoError as error:
         raise DownloadError(
             f"{part.repository} wants its terms accepted first. Do that at https://huggingface.co/{part.repository}, "
@@ -169,15 +187,17 @@ def _explained(part: Part, file: RemoteFile) -> Iterator[None]:
         raise DownloadError(f"{what} does not exist at revision {part.revision[:12]}.") from error
     except hub_errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no")
-        advice = "Log in with: hf auth login" if status in (401, 403) else again
-        raise DownloadError(f"The hub answered {status} when asked for {what}. {advice}") from error
+        answered = f"The hub answered {status} when asked for {what}."
+        if status in (401, 403):
+            raise DownloadError(f"{answered} Log in with: hf auth login") from error
+        raise BrokenOff(f"{answered} {KEPT}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"The disk is full in the middle of {what}. Free some space. {again}") from error
+            raise BrokenOff(f"The disk is full in the middle of {what}. Free some space. {KEPT}") from error
         if error.errno is not None:
-            raise DownloadError(f"{what} cannot be written ({error.strerror}). {again}") from error
-        raise DownloadError(f"{what} broke off. {again}") from error  # the library's check of the length
+            raise BrokenOff(f"{what} cannot be written ({error.strerror}). {KEPT}") from error
+        raise BrokenOff(f"{what} broke off. {KEPT}") from error  # the library's check of the length
     except Exception as error:  # the HTTP library's: its name is another one from release to release
         if not type(error).__module__.startswith(("http", "requests")):
             raise
-        raise DownloadError(f"The connection broke ({type(error).__name__}) at {what}. {again}") from error
+        raise BrokenOff(f"The connection broke ({type(error).__name__}) at {what}. {KEPT}") from error

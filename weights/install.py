@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import DownloadError, WeightsError
-from weights.hub import fetch, remote_state, sha256_of
+from weights.hub import BrokenOff, WrongFile, fetch, remote_state, sha256_of
 from weights.links import Way, best_way, put
 from weights.manifest import Model, Part, RemoteFile
 from weights.progress import Listener, Meter, gigabytes
@@ -22,6 +22,10 @@ from weights.store import HOME_VARIABLE, INDEX_FILE, PARTS_FIELD, Store, read_in
 
 SPARE_BYTES = 200_000_000
 """That a disk should have left in the end."""
+
+HEADER_BYTES = 1_000_000
+"""Of a converted part, for names, shapes and configs; a thousand tensors take a tenth of that."""
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 Say = Callable[[str], None]
 """Told what a user has to know and no error: a sentence."""
@@ -132,8 +136,16 @@ def _expected(part: Part, file: RemoteFile, store: Store) -> Expected:
 
 
 def _converted_bytes(part: Part, download_bytes: int) -> int:
-    """No less than the converted part will take. 8-bit files grow when they are written in 16 bits."""
-    return 2 * download_bytes if part.kind == "text_encoder" and "fp8" in part.files[0].name else download_bytes
+    """What the converted part will take, and a little more: its numbers are written in a type of the manifest's choice.
+
+    Published transformers are halved, text encoders in 8 bits doubled. Those that keep their type keep their size, but
+    for TAEHV, which is published in 16 bits and written in 32.
+    """
+    if part.dtype is None:
+        return 2 * download_bytes if part.kind == "taehv" else download_bytes
+    from weights.blueprints import count_of  # torch; a plan in which nothing is missing needs none
+
+    return count_of(part) * _DTYPE_BYTES[part.dtype] + HEADER_BYTES
 
 
 def check_disk(plan: Plan, store: Store) -> None:
@@ -142,7 +154,7 @@ def check_disk(plan: Plan, store: Store) -> None:
         return
     free = shutil.disk_usage(store.home).free
     if free < plan.needed + SPARE_BYTES:
-        raise DownloadError(
+        raise BrokenOff(
             f"This needs {gigabytes(plan.needed + SPARE_BYTES)} of free disk, and there are {gigabytes(free)}. Free "
             "some, or name a folder on another disk in SELF_FORCING_WEIGHTS."
         )
@@ -156,9 +168,9 @@ def fetch_checked(part: Part, file: RemoteFile, expected: Expected, store: Store
     found = sha256_of(path)
     if expected.sha256 is not None and found != expected.sha256:
         path.unlink()
-        raise WeightsError(
+        raise WrongFile(
             f"{file.name} of {part.repository} is not the file that {_NAMED[expected.named_by]}: its sha256 is "
-            f"{found[:16]}…, not {expected.sha256[:16]}…. It was deleted; the same command fetches it again."
+            f"{found[:16]}…, not {expected.sha256[:16]}…. It was deleted."
             f"{_WAY_OUT if expected.named_by == 'record' else ''}"
         )
     if expected.sha256 is None:
@@ -175,8 +187,8 @@ _NAMED = {
     "hub": "the hub itself names",
 }
 _WAY_OUT = (
-    " If it ends like this again, the first download was the wrong one: delete .state.json in the folder of the "
-    "downloads, and this one is recorded instead. What is here is checked with: python -m weights verify ID"
+    " If this is not the first time, the first download was the wrong one: delete .state.json in the folder of the "
+    "downloads, and the next one is recorded instead. `python -m weights verify ID` checks a model that is here."
 )
 
 
@@ -186,12 +198,16 @@ def make_part(part: Part, sources: list[Path], store: Store) -> None:
 
     def write(folder: Path) -> None:
         convert_part(part, sources, folder)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
-        }
+        files = {path.name: {**_stamp(path), "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
         store.remember_part(part, files, folder)
 
     write_whole(store.part_folder(part), write)
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    """What tells without reading a file that it is the one whose hash is known."""
+    found = path.stat()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def link_model(model: Model, store: Store, way: Way) -> Path:
@@ -221,6 +237,8 @@ def _index(model: Model) -> dict[str, object]:
 def verify(model: Model, store: Store, listener: Listener) -> int:
     """Read every file of a model and compare its hash. Returns the number of files.
 
+    Loading a model compares times of writing; those of files that have others now, in a copy perhaps, are noted anew.
+
     Raises:
         WeightsError: a file is missing or damaged. Its part is forgotten, so that `download` fetches it again.
     """
@@ -245,6 +263,11 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
                 raise WeightsError(
                     f"{path.name} of {part.id} has changed since it was downloaded. Get it again with: {again}"
                 )
+        for part in model.parts:
+            known = store.part_files(part)
+            found = {name: entry | _stamp(folder / part.kind / name) for name, entry in known.items()}
+            if found != known:
+                store.remember_part(part, found, store.part_folder(part))
     return len(records)
 
 

@@ -103,6 +103,17 @@ class Manifest:
     """Shared parts by id."""
     models: Mapping[str, Model]
 
+    def likely_bytes(self, part: Part) -> int | None:
+        """Size of a part's download; where nobody has published it, that of other checkpoints of the same network.
+
+        None if there are none of known size. `Part.known_bytes` tells whether it is more than an estimate.
+        """
+        if part.known_bytes is not None:
+            return part.known_bytes
+        others = [model.transformer for model in self.models.values()] + list(self.parts.values())
+        sizes = [other.known_bytes for other in others if (other.kind, other.config) == (part.kind, part.config)]
+        return max((size for size in sizes if size is not None), default=None)
+
     def model(self, name: str) -> Model:
         """Raises `InvalidRequest` for a name that is not in the manifest."""
         if name not in self.models:

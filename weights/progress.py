@@ -106,6 +106,11 @@ def gigabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def about(count: float) -> str:
+    """An estimated size, no more exact than it is."""
+    return f"about {count / 1e9:.1f} GB" if count >= 1e9 else f"about {gigabytes(count)}"
+
+
 def duration(seconds: float) -> str:
     whole = max(1, round(seconds))
     if whole < 90:

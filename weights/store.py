@@ -2,7 +2,7 @@
 
     <home>/<model id>/           model folders, for `--model` and `from_pretrained`
     <home>/.parts/<part id>/     converted parts, each once; model folders hold hard links to their files
-                    record.json  of the part: its revision, and size and sha256 of each of its files
+                    record.json  of the part: its revision and kind; of each file size, sha256 and time of writing
     <home>/.downloads/<part id>/ what is on its way
                     <model id>.chosen  the parts of a model that is on its way
     <home>/.state.json           size and sha256 of what was downloaded, to be compared with the next download
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from pipeline.errors import DownloadError, WeightsError
-from weights.hub import PARTIAL
+from weights.hub import PARTIAL, Resumable
 from weights.links import same_file
 from weights.manifest import Manifest, Model, Part
 
@@ -44,6 +44,10 @@ def default_home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
 
 
+class DamagedState(Resumable, WeightsError):
+    """Nobody can tell any more what was downloaded."""
+
+
 class Store:
     """The downloads below one folder."""
 
@@ -55,7 +59,15 @@ class Store:
         return self.home / model.id
 
     def part_folder(self, part: Part) -> Path:
-        return self.home / ".parts" / part.id
+        return self.part_place(part.id)
+
+    def part_place(self, part_id: str) -> Path:
+        return self.home / ".parts" / part_id
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything was ever put in place here."""
+        return (self.home / ".parts").is_dir()
 
     def download_folder(self, part: Part) -> Path:
         return self.home / ".downloads" / part.id
@@ -119,14 +131,17 @@ class Store:
 
         A record that cannot be read counts as none: the part is damaged, then, and is fetched again.
         """
-        record = _read_json(self.part_folder(part) / RECORD_FILE)
-        if not isinstance(record, dict) or record.get("revision") != part.revision:
-            return {}
-        files = record.get("files")
+        record = self.read_record(part.id)
+        return {} if record is None or record.get("revision") != part.revision else record["files"]
+
+    def read_record(self, part_id: str) -> dict[str, Any] | None:
+        """What was noted of a converted part; None if there is no record that can be read."""
+        record = _read_json(self.part_place(part_id) / RECORD_FILE)
+        files = record.get("files") if isinstance(record, dict) else None
         sound = isinstance(files, dict) and all(
             isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"} for entry in files.values()
         )
-        return files if sound else {}
+        return record if sound else None
 
     def sources(self, part: Part) -> dict[str, dict[str, Any]]:
         """File of the hub -> bytes and sha256 that it had when it was downloaded before, at the same revision.
@@ -150,7 +165,7 @@ class Store:
 
     def remember_part(self, part: Part, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         """Note in a converted part's folder what it consists of."""
-        write_json(folder / RECORD_FILE, {"revision": part.revision, "files": files})
+        write_json(folder / RECORD_FILE, {"revision": part.revision, "kind": part.kind, "files": files})
 
     def forget_part(self, part: Part) -> None:
         """From now on a converted part counts as missing."""
@@ -179,10 +194,9 @@ class Store:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{self._state_file.name} in the folder of the downloads cannot be read. Delete it, then run the same "
-                "command again: nothing that is here is fetched again, but hashes that nobody has published are "
-                "forgotten."
+            raise DamagedState(
+                f"{self._state_file.name} in the folder of the downloads cannot be read. Delete it: nothing that is "
+                "here is fetched again, but hashes that nobody has published are forgotten."
             ) from error
         return state
 

@@ -1,0 +1,34 @@
+"""sha256 of a model's weight files, one by one and of all together, read once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileHashes:
+    """Hashes in hexadecimal."""
+
+    together: str
+    """Of the files' bytes, one file after the other."""
+    single: dict[str, str]
+    """File name -> that of the file alone."""
+
+
+def hash_files(paths: Iterable[Path]) -> FileHashes:
+    """Read files in the order given. Raises `OSError` for one that cannot be read."""
+    together, single = hashlib.sha256(), {}
+    for path in paths:
+        own = hashlib.sha256() if single else together  # all together are, after the first, the first alone
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                own.update(chunk)
+                if own is not together:
+                    together.update(chunk)
+        single[path.name] = own.hexdigest()
+    return FileHashes(together.hexdigest(), single)
