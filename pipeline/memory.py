@@ -27,10 +27,11 @@ from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.errors import OptionUnavailable, WeightsError
-from pipeline.float8 import FP8_STORAGE, goes_row_wise, row_wise_bytes, store_in_8_bits
+from pipeline.float8 import goes_row_wise, row_wise_bytes, store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for, usable, without_losses
+from pipeline.stored_layers import FP8_STORAGE
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
 
@@ -45,10 +46,11 @@ class PartNeeds:
 
     Attributes:
         weights: in the model's dtype.
-        fp8_weights: with the layers in 8 bits that can be; of the two forms of that, in the larger one.
+        fp8_weights: with the layers in 8 bits that can be, their scales included; of the two forms of that, in the
+            larger one.
         kept: what lives from block to block besides weights: a cache, a stream's memory.
         working: what a call takes at its peak besides weights and what is kept.
-        fp8_working: that with row-wise arithmetic in 8 bits, which only a transformer has.
+        fp8_working: that with weights in 8 bits, in the form that takes more; 0 for parts that have none.
     """
 
     weights: int
@@ -213,11 +215,13 @@ def _bytes(model: nn.Module) -> int:
 def _needs(
     model: nn.Module, work: Callable[[Any], Iterator[None]], dtype: torch.dtype, device: torch.device
 ) -> PartNeeds:
-    """Let a part work, a generator that stops after each call, and count; in the end it is stored in 8 bits."""
+    """Let a part work, a generator that stops after each call, and count; then once more, stored in 8 bits."""
     weights = _bytes(model)
     kept, working = _at_work(model, work, device)
     store_in_8_bits(model, dtype)
-    return PartNeeds(weights, _bytes(model), kept, working)
+    stored = _bytes(model)
+    fp8_working = _at_work(model, work, device)[1] if stored < weights else 0
+    return PartNeeds(weights, stored, kept, working, fp8_working)
 
 
 def _transformer_needs(
@@ -230,7 +234,7 @@ def _transformer_needs(
     for hook in hooks:
         hook.remove()
     needs = _needs(model, work, dtype, device)
-    return replace(needs, fp8_weights=max(needs.fp8_weights, row_wise), fp8_working=working)
+    return replace(needs, fp8_weights=max(needs.fp8_weights, row_wise), fp8_working=max(needs.fp8_working, working))
 
 
 def _at_work(model: nn.Module, work: Callable[[Any], Iterator[None]], device: torch.device) -> tuple[int, int]:

@@ -207,8 +207,10 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
     decoder = needs.decoders["taehv" if placement.taehv else "vae"]
     text_weights = text.fp8_weights if placement.text_fp8 else text.weights
     denoising = max(transformer.working, transformer.fp8_working if placement.fp8 else 0)
-    encoding = 0 if placement.text_encoder == "cpu" else text.working
-    if placement.text_encoder == "offload":
+    encoding = max(text.working, text.fp8_working if placement.text_fp8 else 0)
+    if placement.text_encoder == "cpu":
+        encoding = 0
+    elif placement.text_encoder == "offload":
         encoding += text_weights
     return MemoryPlan(
         placement=placement,
