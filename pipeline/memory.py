@@ -26,11 +26,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
-from pipeline.errors import OptionUnavailable, WeightsError
+from pipeline.errors import WeightsError
 from pipeline.float8 import goes_row_wise, row_wise_bytes, store_in_8_bits
-from pipeline.folder import ModelFolder
-from pipeline.loading import report_loading
-from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for, usable, without_losses
 from pipeline.stored_layers import FP8_STORAGE
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -171,40 +168,6 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         raise WeightsError(
             f"{part}/config.json of {folder.name} cannot be read. Get the model folder again."
         ) from error
-
-
-def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
-    """Where the parts of the model in a folder should be.
-
-    Args:
-        device: None takes the GPU if there is one.
-        memory: `auto`: by what is free on a GPU; a number: as if the GPU had so many GB; `off`: all is on the device.
-
-    Raises:
-        OptionUnavailable: the model does not fit, however small it is made; or a number for what is no NVIDIA GPU.
-    """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if target.type != "cuda":
-        if memory not in ("auto", "off"):
-            raise OptionUnavailable(
-                f"--memory {memory} plans the memory of an NVIDIA GPU, but the device is {target.type}, where there is "
-                "nothing to plan. Leave it out."
-            )
-        return AS_THE_MODEL_HAS_IT
-    if memory == "off":
-        return AS_THE_MODEL_HAS_IT
-    report_loading("Planning the memory", 0.0)
-    spec = ModelFolder(folder).spec
-    # What is free is told after the driver has taken its share.
-    budget = without_losses(torch.cuda.mem_get_info(target)[0]) if memory == "auto" else usable(float(memory) * GB)
-    plan = plan_for(rehearse(builders_of(folder), spec, torch.bfloat16), spec, budget)
-    if not plan.fits:
-        raise OptionUnavailable(
-            f"{spec.name} needs {plan.total / GB:.1f} GB of GPU memory even with everything made small, and "
-            f"{budget / GB:.1f} GB can be used. Close other programs that use the GPU, choose another device, or try "
-            "all the same with --memory off."
-        )
-    return plan.placement
 
 
 def _bytes(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ transformer; a text encoder on the CPU is exact, too, but takes many seconds for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -28,8 +29,9 @@ DRIVER_BYTES = 600_000_000
 SPARE_SHARE = 0.05
 """Of a card, lost between allocations; likewise."""
 
-SHORT_WINDOW_BLOCKS = 4
-"""A smaller KV cache: the sink's block, two recent ones and the current one, as LongLive has it."""
+SHORT_WINDOW, SHORT_SINK = 12, 3
+"""A smaller KV cache, in latent frames: with blocks of 3 it is the sink's block, two recent ones and the current one,
+as LongLive has it. Models of smaller blocks are to remember no less; both are rounded up to whole blocks."""
 
 _PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes and goes", "cpu": "on the CPU"}
 
@@ -192,13 +194,19 @@ def plan_for(needs: ModelNeeds, spec: ModelSpec, budget: int | None) -> MemoryPl
 
 def placements(needs: ModelNeeds, spec: ModelSpec) -> Iterator[Placement]:
     """All there are for a model."""
-    short = SHORT_WINDOW_BLOCKS * spec.frames_per_block
     windows: list[tuple[int | None, int | None]] = [(None, None)]
+    short, sink = short_window(spec.frames_per_block)
     if short < spec.window_frames:
-        windows.append((short, spec.frames_per_block))
+        windows.append((short, sink))
     decoders = [False, True] if "taehv" in needs.decoders else [False]
     for (text, text_fp8), fp8, taehv, (window, sink) in product(_TEXT_COSTS, (False, True), decoders, windows):
         yield Placement(text, text_fp8, fp8, taehv, window, sink)
+
+
+def short_window(block: int) -> tuple[int, int]:
+    """Latent frames of the smaller KV cache and of its sink, for blocks of so many; a recent block fits in, too."""
+    sink = block * math.ceil(SHORT_SINK / block)
+    return block * math.ceil(max(SHORT_WINDOW, sink + 2 * block) / block), sink
 
 
 def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: int | None = None) -> MemoryPlan:

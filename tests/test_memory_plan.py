@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import app
-from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, plan
+from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, placing, plan
 from pipeline.__main__ import main
+from pipeline.config import ModelSpec
 from pipeline.errors import OptionUnavailable, WeightsError
 from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.memory import META, LiveBytes, ModelNeeds, PartNeeds, builders_of, rehearse
+from pipeline.placing import check_exchange, placement_for
 from pipeline.plan import Placement, evaluated, placements, plan_for, usable
 from tests.scripted import ScriptedPipeline
 from weights import blueprints
-from weights.manifest import load_manifest
+from weights.manifest import Model, load_manifest
 
 EMBEDDED = cli.EMBEDDED_MODEL
 REQUEST = GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seed=7, seconds=2)
@@ -85,22 +91,56 @@ def test_a_smaller_window_takes_what_the_plan_says(embedded: ModelNeeds) -> None
     assert needs.transformer.kept < 0.7 * embedded.transformer.kept
 
 
+@lru_cache
+def published(name: str) -> tuple[ModelNeeds, ModelSpec]:
+    model = load_manifest().model(name)
+    return rehearse(blueprints.builders_of(model), model.spec, torch.bfloat16), model.spec
+
+
 def test_published_models_are_rehearsed_without_their_files() -> None:
     """Figures that are known from elsewhere: 1,418,996,800 parameters, an encoder of 11.36 GB, 287.5 MB a frame."""
-    model = load_manifest().model("self-forcing-dmd")
-    needs = rehearse(blueprints.builders_of(model), model.spec, torch.bfloat16)
+    needs, spec = published("self-forcing-dmd")
     assert needs.transformer.weights == pytest.approx(2 * 1_418_996_800, rel=1e-6)  # buffers besides
     assert needs.text_encoder.weights == pytest.approx(11.36e9, rel=0.001)
-    frames = 2 * model.spec.window_frames + model.spec.sink_frames
+    frames = 2 * spec.window_frames + spec.sink_frames
     assert needs.kv_buffers == pytest.approx(287.5e6 * frames / 2, rel=0.002)
     assert 2e9 < needs.decoders["vae"].kept + needs.decoders["vae"].working < 5e9
     assert needs.decoders["taehv"].working < needs.decoders["vae"].working
+
+
+def like_another(model: Model, others: Iterable[Model]) -> str:
+    """The first published model that needs the same memory: of the same networks, sizes and window."""
+
+    def needed(one: Model) -> tuple[Any, ...]:
+        sizes = ("height", "width", "frames_per_block", "text_len", "window_frames", "sink_frames", "positions")
+        networks = [(part.kind, part.config) for part in one.parts if part.config]
+        return (networks, *(getattr(one.spec, name) for name in sizes))
+
+    return next(other.id for other in others if needed(other) == needed(model))
+
+
+@pytest.mark.parametrize("name", load_manifest().models)
+def test_every_published_model_fits_every_card(name: str) -> None:
+    models = load_manifest().models
+    needs, spec = published(like_another(models[name], models.values()))
     costs = []
     for size in plan.CARDS:
-        chosen = plan_for(needs, model.spec, usable(size * memory.GB))
+        chosen = plan_for(needs, spec, usable(size * memory.GB))
         assert chosen.fits, size
         costs.append(chosen.placement.cost)
+        fitted = chosen.placement.fitted(models[name].spec)
+        assert fitted.window_frames >= 12 and fitted.sink_frames >= 3
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "sink"), [(1, 12, 3), (2, 12, 4), (3, 12, 3), (4, 12, 4), (5, 15, 5), (6, 18, 6)]
+)
+def test_a_short_window_is_counted_in_frames(block: int, window: int, sink: int) -> None:
+    assert plan.short_window(block) == (window, sink)
+    large = replace(spec(), frames_per_block=block, window_frames=block * 30, sink_frames=0)
+    (short,) = {placement.fitted(large) for placement in placements(SMALL, large) if placement.window_frames}
+    assert (short.window_frames, short.sink_frames) == (window, sink)
 
 
 # ---- the choice
@@ -238,19 +278,49 @@ def test_a_smaller_window_is_that_of_the_run() -> None:
 
 
 def test_memory_is_planned_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory.placement_for(EMBEDDED, "cpu", "auto") == memory.placement_for(EMBEDDED, "cpu", "off") == Placement()
+    assert placement_for(EMBEDDED, "cpu", "auto") == placement_for(EMBEDDED, "cpu", "off") == Placement()
     with pytest.raises(OptionUnavailable, match="the device is cpu, where there is nothing to plan"):
-        memory.placement_for(EMBEDDED, "cpu", "16")
+        placement_for(EMBEDDED, "cpu", "16")
     everything = plan_for(rehearse(builders_of(EMBEDDED), spec(), torch.bfloat16), spec(), None).total
     free = {"bytes": 80 * memory.GB}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * memory.GB))
-    assert memory.placement_for(EMBEDDED, "cuda", "auto") == Placement()
+    assert placement_for(EMBEDDED, "cuda", "auto") == Placement()
     free["bytes"] = int((everything - MB) / (1 - plan.SPARE_SHARE))
-    assert memory.placement_for(EMBEDDED, "cuda", "auto").cost > 0
-    assert memory.placement_for(EMBEDDED, "cuda", "16") == memory.placement_for(EMBEDDED, "cuda", "off") == Placement()
+    assert placement_for(EMBEDDED, "cuda", "auto").cost > 0
+    assert placement_for(EMBEDDED, "cuda", "16") == placement_for(EMBEDDED, "cuda", "off") == Placement()
     free["bytes"] = 10 * MB
     with pytest.raises(OptionUnavailable, match=r"even with everything made small, and 0\.0 GB can be used"):
-        memory.placement_for(EMBEDDED, "cuda", "auto")
+        placement_for(EMBEDDED, "cuda", "auto")
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=50 * MB)))
+
+
+def test_a_model_without_room_is_not_loaded_on_a_cpu(embedded: ModelNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = evaluated(embedded, spec(), Placement()).total
+    free_memory(monkeypatch, needed)
+    assert placement_for(EMBEDDED, "cpu", "auto") == Placement()
+    free_memory(monkeypatch, needed - 1)
+    numbers = rf"{needed / memory.GB:.1f} GB of main memory .* and {needed / memory.GB:.1f} GB are free.*--memory off"
+    with pytest.raises(OptionUnavailable, match=numbers):
+        cli.load_pipeline(EMBEDDED, "cpu")
+    assert placement_for(EMBEDDED, "cpu", "off") == Placement()
+    check_exchange(EMBEDDED, "cpu", "auto")  # the model before it frees some
+    free_memory(monkeypatch, needed - 50 * MB - 1)
+    with pytest.raises(OptionUnavailable, match="Close other programs"):
+        check_exchange(EMBEDDED, "cpu", "auto")
+    check_exchange(EMBEDDED, "cpu", "off")
+    check_exchange(EMBEDDED, "cuda", "auto")
+
+
+def test_a_small_model_is_not_rehearsed_before_it_is_loaded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sum(file.stat().st_size for file in EMBEDDED.rglob("*.safetensors"))
+    assert files / placing.SMALL_SHARE < 2 * memory.GB
+    free_memory(monkeypatch, 2 * memory.GB)
+    monkeypatch.setattr(placing, "rehearse", lambda *_: pytest.fail("that takes seconds"))
+    placement_for(EMBEDDED, "cpu", "auto")
 
 
 def test_what_is_no_amount_of_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
