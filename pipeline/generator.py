@@ -155,7 +155,7 @@ class SelfForcingPipeline:
                 "attention": self.attention.title,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
                 "compile": self.compiled.applied(request, compiled),
-                **self.placement.applied(),
+                **self.placement.applied(request.start is not None),
             },
             model=self.spec.name,
             weights_sha256=self.weights_sha256,
@@ -188,7 +188,7 @@ class SelfForcingPipeline:
         given: Sequence[torch.Tensor] = ()
         if request.start is not None:
             checkpoint()
-            latents = encode_start(request.start, self._vae, self.spec)
+            latents = encode_start(request.start, self._vae, self.spec, self.placement.start_tiled)
             given = latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
         self.compiled.install(request, compiled, decoder)
         rollout = self._roll_out(model, text_kv, run, given)

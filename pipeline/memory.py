@@ -69,6 +69,8 @@ class ModelNeeds:
     """What of the transformer's `kept` grows with the cache's window; the rest is the prompt's keys and values."""
     encoding_start: int = 0
     """What encoding a picture or video takes at its peak besides weights, for clips that start from one."""
+    encoding_start_tiled: int = 0
+    """That in tiles."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -139,6 +141,8 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
                 if name in builders
             },
             encoding_start=sum(_at_work(part("vae"), lambda vae: _encode_start(vae, spec), device)),
+            encoding_start_tiled=sum(_at_work(part("vae"), lambda vae: _encode_tile(vae, spec), device))
+            + spec.frames_in(spec.most_start_blocks) * 3 * spec.height * spec.width * dtype.itemsize,
         )
 
 
@@ -260,11 +264,29 @@ def _kv_buffers(model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tupl
 
 def _encode_start(vae: AutoencoderKLWan, spec: ModelSpec) -> Iterator[None]:
     """The longest start there can be would take no more than two groups of frames do: they are encoded in turn."""
-    frames = 1 + vae.config.scale_factor_temporal
-    # On the CPU, as a start's frames are, or without content if nothing else has any.
-    place = META if vae.device == META else torch.device("cpu")
-    encode_wan(vae, torch.zeros(1, frames, 3, spec.height, spec.width, device=place, dtype=vae.dtype))
+    encode_wan(vae, _two_groups(vae, spec.height, spec.width))
     yield
+
+
+def _encode_tile(vae: AutoencoderKLWan, spec: ModelSpec) -> Iterator[None]:
+    """One tile at a time works, so that no more need be rehearsed. All frames besides are counted by the caller."""
+    patch, spatial = vae.config.patch_size or 1, vae.config.scale_factor_spatial
+    height, width = (
+        min(whole, tile * patch // spatial * spatial)
+        for whole, tile in (
+            (spec.height, vae.tile_sample_min_height),
+            (spec.width, vae.tile_sample_min_width),
+        )
+    )
+    encode_wan(vae, _two_groups(vae, height, width), tiled=True)
+    yield
+
+
+def _two_groups(vae: AutoencoderKLWan, height: int, width: int) -> torch.Tensor:
+    """Frames as they are encoded, on the CPU as a start's are, or without content if nothing else has any."""
+    frames = 1 + vae.config.scale_factor_temporal
+    place = META if vae.device == META else torch.device("cpu")
+    return torch.zeros(1, frames, 3, height, width, device=place, dtype=vae.dtype)
 
 
 def _decode(decoder: StreamDecoder, shape: tuple[int, ...]) -> Iterator[None]:

@@ -56,6 +56,8 @@ class Placement:
         fp8: so are the transformer's.
         taehv: frames are decoded by the small decoder.
         window_frames, sink_frames: of the KV cache, in latent frames; None: the model's own.
+        start_tiled: what a clip starts from is encoded in tiles, which changes it a little. Costs nothing: it is only
+            chosen where there would be no room for a start otherwise.
     """
 
     text_encoder: TextPlace = "device"
@@ -64,6 +66,7 @@ class Placement:
     taehv: bool = False
     window_frames: int | None = None
     sink_frames: int | None = None
+    start_tiled: bool = False
 
     @property
     def cost(self) -> float:
@@ -85,13 +88,19 @@ class Placement:
             return spec
         return replace(spec, window_frames=self.window_frames, sink_frames=self.sink_frames)
 
-    def applied(self) -> dict[str, str]:
-        """What of it every run should tell: nothing, if all is as the model has it."""
+    def applied(self, starts: bool = False) -> dict[str, str]:
+        """What of it a run should tell: nothing, if all is as the model has it.
+
+        Args:
+            starts: the run begins with a picture or a video.
+        """
         told = {}
         if self.text_encoder != "device" or self.text_fp8:
             told["text encoder"] = f"{_PLACES[self.text_encoder]}{', 8 bits' if self.text_fp8 else ''}"
         if self.window_frames is not None:
             told["KV cache"] = f"{self.window_frames} latent frames"
+        if starts and self.start_tiled:
+            told["start"] = "encoded in tiles"
         return told
 
     def sentences(self) -> list[str]:
@@ -110,6 +119,7 @@ class Placement:
                 f"The KV cache holds {self.window_frames} latent frames, {self.sink_frames} of them the clip's first.",
             ),
             (self.fp8, "The transformer's weights are stored in 8 bits."),
+            (self.start_tiled, "A picture or video to start from is encoded in tiles, which changes it a little."),
         ]
         return [sentence for applies, sentence in said if applies and sentence is not None]
 
@@ -187,9 +197,13 @@ def plan_for(needs: ModelNeeds, spec: ModelSpec, budget: int | None) -> MemoryPl
     """
     plans = [evaluated(needs, spec, placement, budget) for placement in placements(needs, spec)]
     fitting = [plan for plan in plans if plan.fits]
-    if fitting:
-        return min(fitting, key=lambda plan: (plan.placement.cost, plan.total))
-    return min(plans, key=lambda plan: plan.total)
+    if not fitting:
+        return min(plans, key=lambda plan: plan.total)
+    chosen = min(fitting, key=lambda plan: (plan.placement.cost, plan.total))
+    if chosen.start_fits:
+        return chosen
+    tiled = evaluated(needs, spec, replace(chosen.placement, start_tiled=True), budget)
+    return tiled if tiled.start_fits else chosen
 
 
 def placements(needs: ModelNeeds, spec: ModelSpec) -> Iterator[Placement]:
@@ -229,7 +243,7 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
         text_encoder=text_weights if placement.text_encoder == "device" else 0,
         decoder=decoder.kept,
         workspace=max(denoising, decoder.working, encoding),
-        start=needs.encoding_start,
+        start=needs.encoding_start_tiled if placement.start_tiled else needs.encoding_start,
         budget=budget,
     )
 

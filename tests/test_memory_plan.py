@@ -68,7 +68,8 @@ def test_the_rehearsal_counts_what_the_real_thing_takes(embedded: ModelNeeds) ->
         assert rehearsed.weights == taken.weights and rehearsed.fp8_weights == taken.fp8_weights, name
         assert rehearsed.kept == pytest.approx(taken.kept, rel=0.01), name
         assert rehearsed.working == pytest.approx(taken.working, rel=0.05) and taken.working > 0, name
-    assert embedded.encoding_start == pytest.approx(real.encoding_start, rel=0.05) and real.encoding_start > 0
+    for name in ("encoding_start", "encoding_start_tiled"):
+        assert getattr(embedded, name) == pytest.approx(getattr(real, name), rel=0.05) and getattr(real, name) > 0
 
 
 def test_weights_are_those_of_the_files(embedded: ModelNeeds) -> None:
@@ -126,7 +127,7 @@ def test_every_published_model_fits_every_card(name: str) -> None:
     costs = []
     for size in plan.CARDS:
         chosen = plan_for(needs, spec, usable(size * memory.GB))
-        assert chosen.fits, size
+        assert chosen.fits and chosen.start_fits, size
         costs.append(chosen.placement.cost)
         fitted = chosen.placement.fitted(models[name].spec)
         assert fitted.window_frames >= 12 and fitted.sink_frames >= 3
@@ -152,6 +153,7 @@ SMALL = ModelNeeds(
     {"vae": PartNeeds(20 * MB, 10 * MB, 200 * MB, 200 * MB), "taehv": PartNeeds(5 * MB, 3 * MB, 10 * MB, 100 * MB)},
     kv_buffers=590 * MB,
     encoding_start=700 * MB,
+    encoding_start_tiled=450 * MB,
 )
 
 
@@ -182,6 +184,19 @@ def test_a_plan_tells_when_there_is_no_room_to_start_from_a_picture() -> None:
     assert tight.fits and not tight.start_fits and not tight.as_dict()["start_fits"]
     assert any("start from a picture" in note for note in tight.as_dict()["notes"])
     assert evaluated(SMALL, tall_spec(), Placement()).start_fits  # without a limit
+
+
+def test_a_start_is_encoded_in_tiles_only_where_that_makes_room() -> None:
+    resident, everything = (300 + 25 + 600 + 1000) * MB, (300 + 25 + 600 + 1000 + 400) * MB
+    assert needed(Placement()) == everything
+    roomy, tight = (replace(SMALL, encoding_start=size * MB) for size in (400, 500))
+    assert plan_for(roomy, tall_spec(), everything).placement == Placement()
+    chosen = plan_for(replace(tight, encoding_start_tiled=400 * MB), tall_spec(), everything)
+    assert chosen.placement == Placement(start_tiled=True) and chosen.start_fits and chosen.total == everything
+    assert any("in tiles" in note for note in chosen.as_dict()["notes"]) and chosen.placement.cost == 0
+    assert chosen.placement.applied() == {} and chosen.placement.applied(starts=True) == {"start": "encoded in tiles"}
+    chosen = plan_for(tight, tall_spec(), resident + 440 * MB)
+    assert chosen.placement == Placement() and not chosen.start_fits, "tiles, too, are too large"
 
 
 def test_the_cheapest_plan_that_fits_is_taken() -> None:
