@@ -1,8 +1,9 @@
 """Memory plans: which parts of a model stay on the device, which come only when needed, and what is made smaller.
 
-A plan is chosen among all combinations: of those that fit, the one whose measures cost least in sum. An exact measure
-that a new prompt hardly notices costs least, then 8 bits for the text, TAEHV, a shorter KV cache, 8 bits for the
-transformer; a text encoder on the CPU is exact, too, but takes many seconds for each new prompt, so it costs most.
+A plan is chosen among all combinations: of those that fit, the one whose measures cost least in sum. 8 bits for the
+text cost least, then a text encoder that comes and goes, which is exact but makes each new prompt wait for gigabytes to
+be moved; TAEHV, a shorter KV cache, 8 bits for the transformer; a text encoder on the CPU is exact, too, but takes many
+seconds for each new prompt, so it costs most.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes an
 # What each measure costs, in no unit: only the order of sums matters.
 _TEXT_COSTS: dict[tuple[TextPlace, bool], float] = {
     ("device", False): 0,
-    ("offload", False): 1,
     ("device", True): 1.5,
-    ("offload", True): 2.5,
+    ("offload", False): 1.75,
+    ("offload", True): 3.25,
     ("cpu", False): 5,
 }
 _TAEHV_COST, _WINDOW_COST, _FP8_COST = 2, 3, 4
@@ -136,7 +137,8 @@ class MemoryPlan:
         kv_cache: with the prompt's keys and values.
         text_encoder: what of it stays.
         decoder: what the decoder in use keeps from block to block.
-        workspace: the most that any step takes besides, an offloaded text encoder's visit included.
+        workspace: the most that any step takes besides. Of an offloaded text encoder's visit, what goes beyond the room
+            that KV cache and decoder leave it: both are empty then.
         start: what encoding a picture or video to start from takes besides, once, before the first step. Plans are made
             without it: most clips have none.
         budget: of the device, less what the driver takes; None: unlimited.
@@ -229,17 +231,18 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
     decoder = needs.decoders["taehv" if placement.taehv else "vae"]
     text_weights = text.fp8_weights if placement.text_fp8 else text.weights
     denoising = max(transformer.working, transformer.fp8_working if placement.fp8 else 0)
+    kv_cache = _kv_bytes(needs, spec, placement)
     encoding = max(text.working, text.fp8_working if placement.text_fp8 else 0)
     if placement.text_encoder == "cpu":
         encoding = 0
     elif placement.text_encoder == "offload":
-        encoding += text_weights
+        encoding += text_weights - kv_cache - decoder.kept
     return MemoryPlan(
         placement=placement,
         # Both decoders are loaded: which one works is up to each request.
         weights=(transformer.fp8_weights if placement.fp8 else transformer.weights)
         + sum(part.weights for part in needs.decoders.values()),
-        kv_cache=_kv_bytes(needs, spec, placement),
+        kv_cache=kv_cache,
         text_encoder=text_weights if placement.text_encoder == "device" else 0,
         decoder=decoder.kept,
         workspace=max(denoising, decoder.working, encoding),

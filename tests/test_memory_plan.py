@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -169,7 +170,11 @@ def test_a_plan_adds_up() -> None:
     everything = evaluated(SMALL, tall_spec(), Placement())
     assert everything.total == (300 + 25 + 600 + 1000 + 200 + 200) * MB
     visiting = evaluated(SMALL, tall_spec(), Placement("offload"))
-    assert visiting.text_encoder == 0 and visiting.workspace == 1010 * MB  # while it is there, nothing else works
+    assert visiting.text_encoder == 0 and visiting.workspace == 210 * MB  # cache and decoder leave it 800 MB
+    assert visiting.total == (300 + 25 + 1000 + 10) * MB
+    small_text = replace(SMALL, text_encoder=PartNeeds(500 * MB, 300 * MB, 0, 10 * MB))
+    visiting = evaluated(small_text, tall_spec(), Placement("offload"))
+    assert visiting.total == evaluated(small_text, tall_spec(), Placement("cpu")).total  # it needs no more than they
     assert evaluated(SMALL, tall_spec(), Placement("cpu")).workspace == 200 * MB
     assert (
         evaluated(SMALL, tall_spec(), Placement(taehv=True, fp8=True)).total == (150 + 25 + 600 + 1000 + 10 + 100) * MB
@@ -247,6 +252,20 @@ def test_a_text_encoder_that_comes_and_goes_gives_the_same_video(frames: np.ndar
     video = placed.generate(REQUEST)
     assert np.array_equal(video.frames, frames)
     assert video.run.applied["text encoder"] == "comes and goes"
+
+
+def test_a_text_encoder_that_comes_finds_no_cache(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload"))
+    assert np.array_equal(placed.generate(REQUEST).frames, frames)
+    cache, encode, found = weakref.ref(placed._cache), placed.text.encode, []
+    monkeypatch.setattr(placed.text, "encode", lambda prompts: found.append(cache()) or encode(prompts))
+    assert np.array_equal(placed.generate(REQUEST).frames, frames) and cache() is not None, "nobody had to come"
+    placed.generate(replace(REQUEST, prompt="a blue car at night", seconds=1))
+    assert found == [None]
+    monkeypatch.setattr(placed, "placement", Placement())
+    cache = weakref.ref(placed._cache)
+    placed.generate(replace(REQUEST, prompt="a green car at night", seconds=1))
+    assert len(found) == 2 and found[1] is not None, "one that stays needs no room"
 
 
 def test_it_goes_home_also_when_there_was_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
