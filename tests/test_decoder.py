@@ -149,7 +149,7 @@ def test_tiles_leave_nothing_behind_also_when_they_fail(vae: AutoencoderKLWan, m
     vae = copy.deepcopy(vae)
     encode_wan(vae, torch.rand(1, 5, 3, 24, 32), tiled=True)
     assert not any(isinstance(kept, Tensor) for kept in vae._enc_feat_map)
-    monkeypatch.setattr(vae, "quant_conv", lambda _: 1 / 0)
+    monkeypatch.setattr(vae.quant_conv, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         encode_wan(vae, torch.rand(1, 5, 3, 24, 32), tiled=True)
     assert not any(isinstance(kept, Tensor) for kept in vae._enc_feat_map)
