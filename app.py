@@ -70,13 +70,14 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         folder, device = check_model_folder(options.model), check_device_name(options.device)
         language = None if options.enhancer is None else LanguageEnhancer(options.enhancer)
         memory = check_memory(options.memory)
+        check = partial(has_room, device=device, memory=memory) if load is None else None
         load = load or partial(load_pipeline, memory=memory, attention=options.attention)
         home = make_home()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         say(f"Loading the model in {folder.name} ...")
         worker = ModelWorker(lambda: warmed_up(load(folder, device), options.compile))
-        models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device), options.compile))
+        models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device), options.compile), check)
         serve(worker, options, auth, stop, models, language)
         code = 0
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
@@ -125,12 +126,24 @@ def warmed_up(pipeline: StreamingPipeline, compile: bool = False) -> StreamingPi
     return pipeline
 
 
+def has_room(folder: Path, device: str | None, memory: str) -> None:
+    """`placing.check_exchange`. Imports torch."""
+    from pipeline.placing import check_exchange
+
+    check_exchange(folder, device, memory)
+
+
 def menu_choices(
-    options: argparse.Namespace, folder: Path, load: Callable[[Path], StreamingPipeline]
+    options: argparse.Namespace,
+    folder: Path,
+    load: Callable[[Path], StreamingPipeline],
+    check: Callable[[Path], None] | None = None,
 ) -> ModelChoices | None:
     """What the Model menu offers. The model and the disk are everybody's: with strangers around, there is no menu."""
     mode = options.model_menu or ("off" if _has_visitors(options) else "download")
-    return None if mode == "off" else ModelChoices(folder, load, mode)
+    if mode == "off":
+        return None
+    return ModelChoices(folder, load, mode, **({} if check is None else {"check": check}))
 
 
 def serve(

@@ -138,7 +138,8 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
     from benchmarks.session import QUICK, Scale, Session
     from benchmarks.watch import WatchedPipeline
     from pipeline.folder import ModelFolder
-    from pipeline.memory import builders_of, placement_for
+    from pipeline.memory import builders_of
+    from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()
     placement = placement_for(folder, device_name, "auto")

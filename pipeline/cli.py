@@ -42,14 +42,14 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attent
 
     Args:
         device: None takes the GPU if there is one.
-        memory: see `memory.placement_for`.
+        memory: see `placing.placement_for`.
         attention: see `attention_backends.choose_attention`.
     """
     check_device(device)
     from transformers.utils import logging as transformers_logging
 
     from pipeline.generator import SelfForcingPipeline
-    from pipeline.memory import placement_for
+    from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
     placement = placement_for(folder, device, memory)
@@ -352,7 +352,8 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         "--memory",
         default="auto",
         metavar="auto|off|GB",
-        help="fit the model into the GPU's free memory (auto, the default), or into so many GB; off: load all of it",
+        help="fit the model into the GPU's free memory (auto, the default), or into so many GB; off: load all of it, "
+        "whether there is room or not",
     )
 
 

@@ -135,23 +135,44 @@ def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_wan(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+def encode_wan(vae: AutoencoderKLWan, frames: Tensor, tiled: bool = False) -> Tensor:
     """Frames [B, 1 + 4k, 3, H, W] in [0, 1] -> normalised latents [B, 1 + k, C, h, w], the posterior's mean.
 
-    Touches no state of `vae`, so it may run while a stream decodes. Raises `InvalidRequest` for other shapes.
+    Touches no state of `vae` that a stream uses, so it may run while one decodes.
+
+    Args:
+        tiled: by overlapping tiles, whose sizes are the VAE's `tile_sample_...`: that takes less memory, but each tile
+            knows nothing of the others, so the latents are other ones.
+
+    Raises:
+        InvalidRequest: the frames have another shape.
     """
+    _check_frames(frames, vae.config.scale_factor_temporal, vae.config.scale_factor_spatial)
+    hidden = _encoded_in_tiles(vae, frames) if tiled else _encoded(vae, frames)
+    latents = hidden[:, : vae.config.z_dim].transpose(1, 2)
+    mean, inverse_std = _statistics(vae, latents)
+    return (latents - mean) * inverse_std
+
+
+def _encoded(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+    """Frames -> mean and logarithm of the posterior's variance, [B, 2C, 1 + k, h, w]."""
     stride = vae.config.scale_factor_temporal
-    _check_frames(frames, stride, vae.config.scale_factor_spatial)
     cache: list[Tensor | None] = [None] * _count_causal(vae.encoder)
     parts: list[Tensor] = []
     # Group by group also to the device and in its dtype: a clip of large frames is as large as all that encodes it.
     for group in (frames[:, :1], *(frames[:, 1:].split(stride, dim=1) if frames.shape[1] > 1 else ())):
         pixels = group.to(device=vae.device, dtype=vae.dtype).mul(2).sub(1).transpose(1, 2)
         parts.append(vae.encoder(patchify(pixels, _patch_size(vae)), feat_cache=cache, feat_idx=[0]))
-    hidden = torch.cat(parts, 2)
-    latents = vae.quant_conv(hidden)[:, : vae.config.z_dim].transpose(1, 2)
-    mean, inverse_std = _statistics(vae, latents)
-    return (latents - mean) * inverse_std
+    return vae.quant_conv(torch.cat(parts, 2))
+
+
+def _encoded_in_tiles(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+    """As `_encoded`; all frames go to the device at once, as they are to be there: diffusers cuts them up."""
+    pixels = frames.mul(2).sub(1).to(vae.dtype).to(vae.device).transpose(1, 2)
+    try:
+        return vae.tiled_encode(patchify(pixels, _patch_size(vae)))
+    finally:  # of a call that failed something is left
+        vae.clear_cache()
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 *Row-wise arithmetic* (torchao, NVIDIA GPUs from Ada on): weights are rounded once, a scale to each row; the input of a
 layer is rounded as it comes, a scale to each token; the tensor cores multiply the two in 8 bits and add in float32.
-*Weights only* (diffusers' layerwise casting, everywhere): they are stored in 8 bits and computed with in the model's
-dtype. Memory halves, speed does not rise.
+*Weights only* (`stored_layers.py`, everywhere): they are stored in 8 bits, a scale to each row, and computed with in
+the model's dtype. Memory halves, speed does not rise.
 
 In both, only the matrices inside the transformer's blocks are rounded. What stands around them, the embeddings of
 text, time and patches and the head, is small, and its errors would reach every token or every layer.
@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import apply_layerwise_casting
-from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 
 from pipeline.device import DeviceFacts
+from pipeline.stored_layers import store
 
 if TYPE_CHECKING:
     from pipeline.transformer import CausalWanTransformer3DModel
 
-FP8_STORAGE = torch.float8_e4m3fn
-_KEPT_WHOLE = (*DEFAULT_SKIP_MODULES_PATTERN, r"\.wo$")
-"""Layers that are not stored in 8 bits, by name. T5 casts its activations to whatever `wo` is stored in."""
+_KEPT_WHOLE = ("patch_embed", "norm", r"^proj_out$", r"\.wo$", "relative_attention_bias")
+"""Layers that are not stored in 8 bits, by name, besides those that a model names itself. T5 casts its activations to
+whatever `wo` is stored in; its table of distances is small and goes into every layer's attention."""
 
 SIZE_STEP = 16
 """8-bit matrix products want both sizes of a weight to be multiples of this."""
@@ -137,8 +137,8 @@ def row_wise_problem(device: torch.device) -> str | None:
 
 def store_in_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of a model's large layers in 8 bits; each computes in `dtype` all the same."""
-    own = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
-    apply_layerwise_casting(model, FP8_STORAGE, dtype, skip_modules_pattern=(*own, *_KEPT_WHOLE))
+    kept = re.compile("|".join((*(getattr(model, "_skip_layerwise_casting_patterns", None) or ()), *_KEPT_WHOLE)))
+    store(model, dtype, lambda name: kept.search(name) is None)
 
 
 def multiply_in_8_bits(model: CausalWanTransformer3DModel) -> None:

@@ -23,6 +23,7 @@ from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, to_uint8
 from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError
+from pipeline.failures import free_memory
 from pipeline.options import TransformerOptions, unavailable_options
 from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement
 from pipeline.rollout import ContextNoise, roll_out
@@ -155,7 +156,7 @@ class SelfForcingPipeline:
                 "attention": self.attention.title,
                 "decoder": "TAEHV" if request.taehv else "Wan VAE",
                 "compile": self.compiled.applied(request, compiled),
-                **self.placement.applied(),
+                **self.placement.applied(request.start is not None),
             },
             model=self.spec.name,
             weights_sha256=self.weights_sha256,
@@ -182,13 +183,13 @@ class SelfForcingPipeline:
         for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
             decoder.reset()
         model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
-        prompt_embeds = self.text(request.prompt).to(model.device, model.dtype)
+        prompt_embeds = self._encoded(request.prompt).to(model.device, model.dtype)
         text_kv = model.encode_text(prompt_embeds)
         decoder = self._decoders[request.taehv]
         given: Sequence[torch.Tensor] = ()
         if request.start is not None:
             checkpoint()
-            latents = encode_start(request.start, self._vae, self.spec)
+            latents = encode_start(request.start, self._vae, self.spec, self.placement.start_tiled)
             given = latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
         self.compiled.install(request, compiled, decoder)
         rollout = self._roll_out(model, text_kv, run, given)
@@ -272,6 +273,16 @@ class SelfForcingPipeline:
         """Compile nothing more. Returns whether no compilation goes on after `timeout` seconds; None waits for that."""
         return self.compiled.compiler.close(timeout)
 
+    def _encoded(self, prompt: str) -> torch.Tensor:
+        """The prompt's embedding. A text encoder that comes for it gets the room of the KV cache: it is empty."""
+        if self.placement.text_encoder != "offload" or self.text.remembers(prompt):
+            return self.text(prompt)
+        self._cache = None
+        free_memory()  # in one piece: what lies between pieces that are held for the cache's sizes would be lost
+        embeds = self.text(prompt)
+        free_memory()
+        return embeds
+
     def _roll_out(
         self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]
     ) -> Iterator[torch.Tensor]:
@@ -307,7 +318,8 @@ class SelfForcingPipeline:
         )
 
     def _fresh_cache(self, model: CausalWanTransformer3DModel) -> KVCache:
-        """The cache, emptied; a new one only if the transformer was loaded anew elsewhere or in another dtype."""
+        """The cache, emptied; a new one only if it was given up for the text encoder, or if the transformer was loaded
+        anew elsewhere or in another dtype."""
         spec = self.spec
         if self._cache is None or not self._cache.fits(model.device, model.dtype):
             window = CacheWindow(spec.frames_per_block, spec.window_frames, spec.sink_frames, spec.positions)

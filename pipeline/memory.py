@@ -26,11 +26,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 from pipeline.cache import CacheWindow, KVCache
 from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
-from pipeline.errors import OptionUnavailable, WeightsError
-from pipeline.float8 import FP8_STORAGE, goes_row_wise, row_wise_bytes, store_in_8_bits
-from pipeline.folder import ModelFolder
-from pipeline.loading import report_loading
-from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, plan_for, usable, without_losses
+from pipeline.errors import WeightsError
+from pipeline.float8 import goes_row_wise, row_wise_bytes, store_in_8_bits
+from pipeline.stored_layers import FP8_STORAGE
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
 
@@ -45,10 +43,11 @@ class PartNeeds:
 
     Attributes:
         weights: in the model's dtype.
-        fp8_weights: with the layers in 8 bits that can be; of the two forms of that, in the larger one.
+        fp8_weights: with the layers in 8 bits that can be, their scales included; of the two forms of that, in the
+            larger one.
         kept: what lives from block to block besides weights: a cache, a stream's memory.
         working: what a call takes at its peak besides weights and what is kept.
-        fp8_working: that with row-wise arithmetic in 8 bits, which only a transformer has.
+        fp8_working: that with weights in 8 bits, in the form that takes more; 0 for parts that have none.
     """
 
     weights: int
@@ -70,6 +69,8 @@ class ModelNeeds:
     """What of the transformer's `kept` grows with the cache's window; the rest is the prompt's keys and values."""
     encoding_start: int = 0
     """What encoding a picture or video takes at its peak besides weights, for clips that start from one."""
+    encoding_start_tiled: int = 0
+    """That in tiles."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -140,6 +141,8 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
                 if name in builders
             },
             encoding_start=sum(_at_work(part("vae"), lambda vae: _encode_start(vae, spec), device)),
+            encoding_start_tiled=sum(_at_work(part("vae"), lambda vae: _encode_tile(vae, spec), device))
+            + spec.frames_in(spec.most_start_blocks) * 3 * spec.height * spec.width * dtype.itemsize,
         )
 
 
@@ -171,40 +174,6 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         ) from error
 
 
-def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
-    """Where the parts of the model in a folder should be.
-
-    Args:
-        device: None takes the GPU if there is one.
-        memory: `auto`: by what is free on a GPU; a number: as if the GPU had so many GB; `off`: all is on the device.
-
-    Raises:
-        OptionUnavailable: the model does not fit, however small it is made; or a number for what is no NVIDIA GPU.
-    """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if target.type != "cuda":
-        if memory not in ("auto", "off"):
-            raise OptionUnavailable(
-                f"--memory {memory} plans the memory of an NVIDIA GPU, but the device is {target.type}, where there is "
-                "nothing to plan. Leave it out."
-            )
-        return AS_THE_MODEL_HAS_IT
-    if memory == "off":
-        return AS_THE_MODEL_HAS_IT
-    report_loading("Planning the memory", 0.0)
-    spec = ModelFolder(folder).spec
-    # What is free is told after the driver has taken its share.
-    budget = without_losses(torch.cuda.mem_get_info(target)[0]) if memory == "auto" else usable(float(memory) * GB)
-    plan = plan_for(rehearse(builders_of(folder), spec, torch.bfloat16), spec, budget)
-    if not plan.fits:
-        raise OptionUnavailable(
-            f"{spec.name} needs {plan.total / GB:.1f} GB of GPU memory even with everything made small, and "
-            f"{budget / GB:.1f} GB can be used. Close other programs that use the GPU, choose another device, or try "
-            "all the same with --memory off."
-        )
-    return plan.placement
-
-
 def _bytes(model: nn.Module) -> int:
     """Of parameters and buffers, those that are shared counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
@@ -213,11 +182,13 @@ def _bytes(model: nn.Module) -> int:
 def _needs(
     model: nn.Module, work: Callable[[Any], Iterator[None]], dtype: torch.dtype, device: torch.device
 ) -> PartNeeds:
-    """Let a part work, a generator that stops after each call, and count; in the end it is stored in 8 bits."""
+    """Let a part work, a generator that stops after each call, and count; then once more, stored in 8 bits."""
     weights = _bytes(model)
     kept, working = _at_work(model, work, device)
     store_in_8_bits(model, dtype)
-    return PartNeeds(weights, _bytes(model), kept, working)
+    stored = _bytes(model)
+    fp8_working = _at_work(model, work, device)[1] if stored < weights else 0
+    return PartNeeds(weights, stored, kept, working, fp8_working)
 
 
 def _transformer_needs(
@@ -230,7 +201,7 @@ def _transformer_needs(
     for hook in hooks:
         hook.remove()
     needs = _needs(model, work, dtype, device)
-    return replace(needs, fp8_weights=max(needs.fp8_weights, row_wise), fp8_working=working)
+    return replace(needs, fp8_weights=max(needs.fp8_weights, row_wise), fp8_working=max(needs.fp8_working, working))
 
 
 def _at_work(model: nn.Module, work: Callable[[Any], Iterator[None]], device: torch.device) -> tuple[int, int]:
@@ -293,11 +264,29 @@ def _kv_buffers(model: CausalWanTransformer3DModel, spec: ModelSpec, shape: tupl
 
 def _encode_start(vae: AutoencoderKLWan, spec: ModelSpec) -> Iterator[None]:
     """The longest start there can be would take no more than two groups of frames do: they are encoded in turn."""
-    frames = 1 + vae.config.scale_factor_temporal
-    # On the CPU, as a start's frames are, or without content if nothing else has any.
-    place = META if vae.device == META else torch.device("cpu")
-    encode_wan(vae, torch.zeros(1, frames, 3, spec.height, spec.width, device=place, dtype=vae.dtype))
+    encode_wan(vae, _two_groups(vae, spec.height, spec.width))
     yield
+
+
+def _encode_tile(vae: AutoencoderKLWan, spec: ModelSpec) -> Iterator[None]:
+    """One tile at a time works, so that no more need be rehearsed. All frames besides are counted by the caller."""
+    patch, spatial = vae.config.patch_size or 1, vae.config.scale_factor_spatial
+    height, width = (
+        min(whole, tile * patch // spatial * spatial)
+        for whole, tile in (
+            (spec.height, vae.tile_sample_min_height),
+            (spec.width, vae.tile_sample_min_width),
+        )
+    )
+    encode_wan(vae, _two_groups(vae, height, width), tiled=True)
+    yield
+
+
+def _two_groups(vae: AutoencoderKLWan, height: int, width: int) -> torch.Tensor:
+    """Frames as they are encoded, on the CPU as a start's are, or without content if nothing else has any."""
+    frames = 1 + vae.config.scale_factor_temporal
+    place = META if vae.device == META else torch.device("cpu")
+    return torch.zeros(1, frames, 3, height, width, device=place, dtype=vae.dtype)
 
 
 def _decode(decoder: StreamDecoder, shape: tuple[int, ...]) -> Iterator[None]:

@@ -105,8 +105,8 @@ class TransformerOptions:
         return transformer
 
     def compiles(self, fp8: bool) -> bool:
-        """Whether blocks can be compiled in this state. Casting changes a layer's weights around each of its calls:
-        no two threads may do that at once, and compiled code would end in front of each."""
+        """Whether blocks can be compiled in this state. Triton cannot read 8-bit floats below capability 8.9, which is
+        mostly where weights are only stored in them."""
         return not fp8 or self.fp8_form.row_wise
 
     def pieces(self, fp8: bool) -> tuple[Piece, ...]:

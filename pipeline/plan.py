@@ -1,12 +1,14 @@
 """Memory plans: which parts of a model stay on the device, which come only when needed, and what is made smaller.
 
-A plan is chosen among all combinations: of those that fit, the one whose measures cost least in sum. An exact measure
-that a new prompt hardly notices costs least, then 8 bits for the text, TAEHV, a shorter KV cache, 8 bits for the
-transformer; a text encoder on the CPU is exact, too, but takes many seconds for each new prompt, so it costs most.
+A plan is chosen among all combinations: of those that fit, the one whose measures cost least in sum. 8 bits for the
+text cost least, then a text encoder that comes and goes, which is exact but makes each new prompt wait for gigabytes to
+be moved; TAEHV, a shorter KV cache, 8 bits for the transformer; a text encoder on the CPU is exact, too, but takes many
+seconds for each new prompt, so it costs most.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -28,17 +30,18 @@ DRIVER_BYTES = 600_000_000
 SPARE_SHARE = 0.05
 """Of a card, lost between allocations; likewise."""
 
-SHORT_WINDOW_BLOCKS = 4
-"""A smaller KV cache: the sink's block, two recent ones and the current one, as LongLive has it."""
+SHORT_WINDOW, SHORT_SINK = 12, 3
+"""A smaller KV cache, in latent frames: with blocks of 3 it is the sink's block, two recent ones and the current one,
+as LongLive has it. Models of smaller blocks are to remember no less; both are rounded up to whole blocks."""
 
 _PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes and goes", "cpu": "on the CPU"}
 
 # What each measure costs, in no unit: only the order of sums matters.
 _TEXT_COSTS: dict[tuple[TextPlace, bool], float] = {
     ("device", False): 0,
-    ("offload", False): 1,
     ("device", True): 1.5,
-    ("offload", True): 2.5,
+    ("offload", False): 1.75,
+    ("offload", True): 3.25,
     ("cpu", False): 5,
 }
 _TAEHV_COST, _WINDOW_COST, _FP8_COST = 2, 3, 4
@@ -54,6 +57,8 @@ class Placement:
         fp8: so are the transformer's.
         taehv: frames are decoded by the small decoder.
         window_frames, sink_frames: of the KV cache, in latent frames; None: the model's own.
+        start_tiled: what a clip starts from is encoded in tiles, which changes it a little. Costs nothing: it is only
+            chosen where there would be no room for a start otherwise.
     """
 
     text_encoder: TextPlace = "device"
@@ -62,6 +67,7 @@ class Placement:
     taehv: bool = False
     window_frames: int | None = None
     sink_frames: int | None = None
+    start_tiled: bool = False
 
     @property
     def cost(self) -> float:
@@ -83,13 +89,19 @@ class Placement:
             return spec
         return replace(spec, window_frames=self.window_frames, sink_frames=self.sink_frames)
 
-    def applied(self) -> dict[str, str]:
-        """What of it every run should tell: nothing, if all is as the model has it."""
+    def applied(self, starts: bool = False) -> dict[str, str]:
+        """What of it a run should tell: nothing, if all is as the model has it.
+
+        Args:
+            starts: the run begins with a picture or a video.
+        """
         told = {}
         if self.text_encoder != "device" or self.text_fp8:
             told["text encoder"] = f"{_PLACES[self.text_encoder]}{', 8 bits' if self.text_fp8 else ''}"
         if self.window_frames is not None:
             told["KV cache"] = f"{self.window_frames} latent frames"
+        if starts and self.start_tiled:
+            told["start"] = "encoded in tiles"
         return told
 
     def sentences(self) -> list[str]:
@@ -108,6 +120,7 @@ class Placement:
                 f"The KV cache holds {self.window_frames} latent frames, {self.sink_frames} of them the clip's first.",
             ),
             (self.fp8, "The transformer's weights are stored in 8 bits."),
+            (self.start_tiled, "A picture or video to start from is encoded in tiles, which changes it a little."),
         ]
         return [sentence for applies, sentence in said if applies and sentence is not None]
 
@@ -124,7 +137,8 @@ class MemoryPlan:
         kv_cache: with the prompt's keys and values.
         text_encoder: what of it stays.
         decoder: what the decoder in use keeps from block to block.
-        workspace: the most that any step takes besides, an offloaded text encoder's visit included.
+        workspace: the most that any step takes besides. Of an offloaded text encoder's visit, what goes beyond the room
+            that KV cache and decoder leave it: both are empty then.
         start: what encoding a picture or video to start from takes besides, once, before the first step. Plans are made
             without it: most clips have none.
         budget: of the device, less what the driver takes; None: unlimited.
@@ -185,20 +199,30 @@ def plan_for(needs: ModelNeeds, spec: ModelSpec, budget: int | None) -> MemoryPl
     """
     plans = [evaluated(needs, spec, placement, budget) for placement in placements(needs, spec)]
     fitting = [plan for plan in plans if plan.fits]
-    if fitting:
-        return min(fitting, key=lambda plan: (plan.placement.cost, plan.total))
-    return min(plans, key=lambda plan: plan.total)
+    if not fitting:
+        return min(plans, key=lambda plan: plan.total)
+    chosen = min(fitting, key=lambda plan: (plan.placement.cost, plan.total))
+    if chosen.start_fits:
+        return chosen
+    tiled = evaluated(needs, spec, replace(chosen.placement, start_tiled=True), budget)
+    return tiled if tiled.start_fits else chosen
 
 
 def placements(needs: ModelNeeds, spec: ModelSpec) -> Iterator[Placement]:
     """All there are for a model."""
-    short = SHORT_WINDOW_BLOCKS * spec.frames_per_block
     windows: list[tuple[int | None, int | None]] = [(None, None)]
+    short, sink = short_window(spec.frames_per_block)
     if short < spec.window_frames:
-        windows.append((short, spec.frames_per_block))
+        windows.append((short, sink))
     decoders = [False, True] if "taehv" in needs.decoders else [False]
     for (text, text_fp8), fp8, taehv, (window, sink) in product(_TEXT_COSTS, (False, True), decoders, windows):
         yield Placement(text, text_fp8, fp8, taehv, window, sink)
+
+
+def short_window(block: int) -> tuple[int, int]:
+    """Latent frames of the smaller KV cache and of its sink, for blocks of so many; a recent block fits in, too."""
+    sink = block * math.ceil(SHORT_SINK / block)
+    return block * math.ceil(max(SHORT_WINDOW, sink + 2 * block) / block), sink
 
 
 def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: int | None = None) -> MemoryPlan:
@@ -207,19 +231,22 @@ def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: 
     decoder = needs.decoders["taehv" if placement.taehv else "vae"]
     text_weights = text.fp8_weights if placement.text_fp8 else text.weights
     denoising = max(transformer.working, transformer.fp8_working if placement.fp8 else 0)
-    encoding = 0 if placement.text_encoder == "cpu" else text.working
-    if placement.text_encoder == "offload":
-        encoding += text_weights
+    kv_cache = _kv_bytes(needs, spec, placement)
+    encoding = max(text.working, text.fp8_working if placement.text_fp8 else 0)
+    if placement.text_encoder == "cpu":
+        encoding = 0
+    elif placement.text_encoder == "offload":
+        encoding += text_weights - kv_cache - decoder.kept
     return MemoryPlan(
         placement=placement,
         # Both decoders are loaded: which one works is up to each request.
         weights=(transformer.fp8_weights if placement.fp8 else transformer.weights)
         + sum(part.weights for part in needs.decoders.values()),
-        kv_cache=_kv_bytes(needs, spec, placement),
+        kv_cache=kv_cache,
         text_encoder=text_weights if placement.text_encoder == "device" else 0,
         decoder=decoder.kept,
         workspace=max(denoising, decoder.working, encoding),
-        start=needs.encoding_start,
+        start=needs.encoding_start_tiled if placement.start_tiled else needs.encoding_start,
         budget=budget,
     )
 

@@ -14,7 +14,7 @@ from pipeline.errors import NonFiniteOutput
 from pipeline.start import Start
 
 
-def encode_start(start: Start, vae: AutoencoderKLWan, spec: ModelSpec) -> torch.Tensor:
+def encode_start(start: Start, vae: AutoencoderKLWan, spec: ModelSpec, tiled: bool = False) -> torch.Tensor:
     """Whole blocks of latents [1, F, C, h, w]; of a picture, one block.
 
     A picture stands still for a block; for a model with blocks of one frame it just is that frame. (To hold it in
@@ -22,13 +22,16 @@ def encode_start(start: Start, vae: AutoencoderKLWan, spec: ModelSpec) -> torch.
     the published block-wise weights have never seen unequal timesteps in a block.) The encoder gives the mean of
     its posterior: nothing is drawn, and the same file gives the same latents.
 
+    Args:
+        tiled: see `encode_wan`.
+
     Raises:
         NonFiniteOutput: the encoder made invalid numbers of it.
     """
     frames = torch.tensor(start.frames).permute(0, 3, 1, 2)
     if start.kind == "image":
         frames = frames.expand(spec.frames_in(1), -1, -1, -1)
-    latents = encode_wan(vae, frames[None].float().div(255))
+    latents = encode_wan(vae, frames[None].float().div(255), tiled)
     if not torch.isfinite(latents).all():
         raise NonFiniteOutput("The encoder produced invalid numbers from what the clip starts from.")
     return latents

@@ -44,14 +44,18 @@ class TextEncoder:
     @torch.inference_mode()
     def __call__(self, prompt: str) -> torch.Tensor:
         """Embedding [1, text_len, text_dim] of one prompt, in the encoder's dtype, on the device where it works."""
-        prompt = clean_prompt(prompt)
-        if prompt in self._embeddings:
+        remembered, prompt = self.remembers(prompt), clean_prompt(prompt)
+        if remembered:
             self._embeddings.move_to_end(prompt)
         else:
             self._embeddings[prompt] = self.encode([prompt])
             while len(self._embeddings) > self._remembered:
                 self._embeddings.popitem(last=False)
         return self._embeddings[prompt]
+
+    def remembers(self, prompt: str) -> bool:
+        """Whether the model need not work for this prompt."""
+        return clean_prompt(prompt) in self._embeddings
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -137,6 +137,24 @@ def test_interleaved_streams_do_not_disturb_each_other(kind: str, vae: Autoencod
         assert torch.equal(torch.cat(got, 1), expected)
 
 
+def test_one_tile_is_the_whole(vae: AutoencoderKLWan, patched: AutoencoderKLWan) -> None:
+    for module in (vae, patched):
+        frames = torch.rand(2, 9, 3, 32, 48)
+        kept = frames.clone()
+        assert close(encode_wan(module, frames, tiled=True), encode_wan(module, frames))
+        assert torch.equal(frames, kept)
+
+
+def test_tiles_leave_nothing_behind_also_when_they_fail(vae: AutoencoderKLWan, monkeypatch) -> None:
+    vae = copy.deepcopy(vae)
+    encode_wan(vae, torch.rand(1, 5, 3, 24, 32), tiled=True)
+    assert not any(isinstance(kept, Tensor) for kept in vae._enc_feat_map)
+    monkeypatch.setattr(vae.quant_conv, "forward", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode_wan(vae, torch.rand(1, 5, 3, 24, 32), tiled=True)
+    assert not any(isinstance(kept, Tensor) for kept in vae._enc_feat_map)
+
+
 def test_samples_of_a_batch_are_independent(decoder: StreamDecoder) -> None:
     clip = latents(4, batch=2)
     both = torch.cat([decoder.decode(part) for part in clip.split([1, 3], 1)], 1)

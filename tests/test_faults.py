@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
-from pipeline import GenerationRequest, SelfForcingPipeline, cache, float8, generator, jobs, options, video
+from pipeline import GenerationRequest, SelfForcingPipeline, cache, generator, jobs, options, stored_layers, video
 from pipeline.attention import attention
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.cache import KVCache
@@ -212,16 +212,16 @@ def test_out_of_memory_around_the_steps_spoils_that_run_only(pipe, worker, alone
 
 
 def test_out_of_memory_while_weights_are_cast_leaves_no_half_cast_model(worker, alone, monkeypatch) -> None:
-    to, casts = nn.Module.to, itertools.count()
+    round_rows, casts = stored_layers.stored_rows, itertools.count()
 
-    def limited(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if float8.FP8_STORAGE in (*args, *kwargs.values()) and next(casts) == 5:
+    def limited(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(casts) == 5:
             raise no_memory()
-        return to(module, *args, **kwargs)
+        return round_rows(*args)
 
     expected = alone(BRIEF)
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "to", limited)
+        patch.setattr(stored_layers, "stored_rows", limited)
         failed(worker.submit(replace(BRIEF, fp8=True)), OutOfMemory, ADVICE)
     assert next(casts) > 5
     assert np.array_equal(made(worker, BRIEF), expected)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import app
-from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, plan
+from pipeline import GenerationRequest, SelfForcingPipeline, cli, doctor, memory, placing, plan
 from pipeline.__main__ import main
+from pipeline.config import ModelSpec
 from pipeline.errors import OptionUnavailable, WeightsError
 from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
 from pipeline.memory import META, LiveBytes, ModelNeeds, PartNeeds, builders_of, rehearse
+from pipeline.placing import check_exchange, placement_for
 from pipeline.plan import Placement, evaluated, placements, plan_for, usable
 from tests.scripted import ScriptedPipeline
 from weights import blueprints
-from weights.manifest import load_manifest
+from weights.manifest import Model, load_manifest
 
 EMBEDDED = cli.EMBEDDED_MODEL
 REQUEST = GenerationRequest(prompt="a red balloon rises over the mountains at sunset", seed=7, seconds=2)
@@ -62,7 +69,8 @@ def test_the_rehearsal_counts_what_the_real_thing_takes(embedded: ModelNeeds) ->
         assert rehearsed.weights == taken.weights and rehearsed.fp8_weights == taken.fp8_weights, name
         assert rehearsed.kept == pytest.approx(taken.kept, rel=0.01), name
         assert rehearsed.working == pytest.approx(taken.working, rel=0.05) and taken.working > 0, name
-    assert embedded.encoding_start == pytest.approx(real.encoding_start, rel=0.05) and real.encoding_start > 0
+    for name in ("encoding_start", "encoding_start_tiled"):
+        assert getattr(embedded, name) == pytest.approx(getattr(real, name), rel=0.05) and getattr(real, name) > 0
 
 
 def test_weights_are_those_of_the_files(embedded: ModelNeeds) -> None:
@@ -85,22 +93,56 @@ def test_a_smaller_window_takes_what_the_plan_says(embedded: ModelNeeds) -> None
     assert needs.transformer.kept < 0.7 * embedded.transformer.kept
 
 
+@lru_cache
+def published(name: str) -> tuple[ModelNeeds, ModelSpec]:
+    model = load_manifest().model(name)
+    return rehearse(blueprints.builders_of(model), model.spec, torch.bfloat16), model.spec
+
+
 def test_published_models_are_rehearsed_without_their_files() -> None:
     """Figures that are known from elsewhere: 1,418,996,800 parameters, an encoder of 11.36 GB, 287.5 MB a frame."""
-    model = load_manifest().model("self-forcing-dmd")
-    needs = rehearse(blueprints.builders_of(model), model.spec, torch.bfloat16)
+    needs, spec = published("self-forcing-dmd")
     assert needs.transformer.weights == pytest.approx(2 * 1_418_996_800, rel=1e-6)  # buffers besides
     assert needs.text_encoder.weights == pytest.approx(11.36e9, rel=0.001)
-    frames = 2 * model.spec.window_frames + model.spec.sink_frames
+    frames = 2 * spec.window_frames + spec.sink_frames
     assert needs.kv_buffers == pytest.approx(287.5e6 * frames / 2, rel=0.002)
     assert 2e9 < needs.decoders["vae"].kept + needs.decoders["vae"].working < 5e9
     assert needs.decoders["taehv"].working < needs.decoders["vae"].working
+
+
+def like_another(model: Model, others: Iterable[Model]) -> str:
+    """The first published model that needs the same memory: of the same networks, sizes and window."""
+
+    def needed(one: Model) -> tuple[Any, ...]:
+        sizes = ("height", "width", "frames_per_block", "text_len", "window_frames", "sink_frames", "positions")
+        networks = [(part.kind, part.config) for part in one.parts if part.config]
+        return (networks, *(getattr(one.spec, name) for name in sizes))
+
+    return next(other.id for other in others if needed(other) == needed(model))
+
+
+@pytest.mark.parametrize("name", load_manifest().models)
+def test_every_published_model_fits_every_card(name: str) -> None:
+    models = load_manifest().models
+    needs, spec = published(like_another(models[name], models.values()))
     costs = []
     for size in plan.CARDS:
-        chosen = plan_for(needs, model.spec, usable(size * memory.GB))
-        assert chosen.fits, size
+        chosen = plan_for(needs, spec, usable(size * memory.GB))
+        assert chosen.fits and chosen.start_fits, size
         costs.append(chosen.placement.cost)
+        fitted = chosen.placement.fitted(models[name].spec)
+        assert fitted.window_frames >= 12 and fitted.sink_frames >= 3
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "sink"), [(1, 12, 3), (2, 12, 4), (3, 12, 3), (4, 12, 4), (5, 15, 5), (6, 18, 6)]
+)
+def test_a_short_window_is_counted_in_frames(block: int, window: int, sink: int) -> None:
+    assert plan.short_window(block) == (window, sink)
+    large = replace(spec(), frames_per_block=block, window_frames=block * 30, sink_frames=0)
+    (short,) = {placement.fitted(large) for placement in placements(SMALL, large) if placement.window_frames}
+    assert (short.window_frames, short.sink_frames) == (window, sink)
 
 
 # ---- the choice
@@ -112,6 +154,7 @@ SMALL = ModelNeeds(
     {"vae": PartNeeds(20 * MB, 10 * MB, 200 * MB, 200 * MB), "taehv": PartNeeds(5 * MB, 3 * MB, 10 * MB, 100 * MB)},
     kv_buffers=590 * MB,
     encoding_start=700 * MB,
+    encoding_start_tiled=450 * MB,
 )
 
 
@@ -127,7 +170,11 @@ def test_a_plan_adds_up() -> None:
     everything = evaluated(SMALL, tall_spec(), Placement())
     assert everything.total == (300 + 25 + 600 + 1000 + 200 + 200) * MB
     visiting = evaluated(SMALL, tall_spec(), Placement("offload"))
-    assert visiting.text_encoder == 0 and visiting.workspace == 1010 * MB  # while it is there, nothing else works
+    assert visiting.text_encoder == 0 and visiting.workspace == 210 * MB  # cache and decoder leave it 800 MB
+    assert visiting.total == (300 + 25 + 1000 + 10) * MB
+    small_text = replace(SMALL, text_encoder=PartNeeds(500 * MB, 300 * MB, 0, 10 * MB))
+    visiting = evaluated(small_text, tall_spec(), Placement("offload"))
+    assert visiting.total == evaluated(small_text, tall_spec(), Placement("cpu")).total  # it needs no more than they
     assert evaluated(SMALL, tall_spec(), Placement("cpu")).workspace == 200 * MB
     assert (
         evaluated(SMALL, tall_spec(), Placement(taehv=True, fp8=True)).total == (150 + 25 + 600 + 1000 + 10 + 100) * MB
@@ -142,6 +189,19 @@ def test_a_plan_tells_when_there_is_no_room_to_start_from_a_picture() -> None:
     assert tight.fits and not tight.start_fits and not tight.as_dict()["start_fits"]
     assert any("start from a picture" in note for note in tight.as_dict()["notes"])
     assert evaluated(SMALL, tall_spec(), Placement()).start_fits  # without a limit
+
+
+def test_a_start_is_encoded_in_tiles_only_where_that_makes_room() -> None:
+    resident, everything = (300 + 25 + 600 + 1000) * MB, (300 + 25 + 600 + 1000 + 400) * MB
+    assert needed(Placement()) == everything
+    roomy, tight = (replace(SMALL, encoding_start=size * MB) for size in (400, 500))
+    assert plan_for(roomy, tall_spec(), everything).placement == Placement()
+    chosen = plan_for(replace(tight, encoding_start_tiled=400 * MB), tall_spec(), everything)
+    assert chosen.placement == Placement(start_tiled=True) and chosen.start_fits and chosen.total == everything
+    assert any("in tiles" in note for note in chosen.as_dict()["notes"]) and chosen.placement.cost == 0
+    assert chosen.placement.applied() == {} and chosen.placement.applied(starts=True) == {"start": "encoded in tiles"}
+    chosen = plan_for(tight, tall_spec(), resident + 440 * MB)
+    assert chosen.placement == Placement() and not chosen.start_fits, "tiles, too, are too large"
 
 
 def test_the_cheapest_plan_that_fits_is_taken() -> None:
@@ -194,6 +254,20 @@ def test_a_text_encoder_that_comes_and_goes_gives_the_same_video(frames: np.ndar
     assert video.run.applied["text encoder"] == "comes and goes"
 
 
+def test_a_text_encoder_that_comes_finds_no_cache(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload"))
+    assert np.array_equal(placed.generate(REQUEST).frames, frames)
+    cache, encode, found = weakref.ref(placed._cache), placed.text.encode, []
+    monkeypatch.setattr(placed.text, "encode", lambda prompts: found.append(cache()) or encode(prompts))
+    assert np.array_equal(placed.generate(REQUEST).frames, frames) and cache() is not None, "nobody had to come"
+    placed.generate(replace(REQUEST, prompt="a blue car at night", seconds=1))
+    assert found == [None]
+    monkeypatch.setattr(placed, "placement", Placement())
+    cache = weakref.ref(placed._cache)
+    placed.generate(replace(REQUEST, prompt="a green car at night", seconds=1))
+    assert len(found) == 2 and found[1] is not None, "one that stays needs no room"
+
+
 def test_it_goes_home_also_when_there_was_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     text = SelfForcingPipeline.from_pretrained(EMBEDDED, device="cpu", placement=Placement("offload")).text
     text._visits = META  # somewhere else, where nothing can be computed with what is here
@@ -238,19 +312,49 @@ def test_a_smaller_window_is_that_of_the_run() -> None:
 
 
 def test_memory_is_planned_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory.placement_for(EMBEDDED, "cpu", "auto") == memory.placement_for(EMBEDDED, "cpu", "off") == Placement()
+    assert placement_for(EMBEDDED, "cpu", "auto") == placement_for(EMBEDDED, "cpu", "off") == Placement()
     with pytest.raises(OptionUnavailable, match="the device is cpu, where there is nothing to plan"):
-        memory.placement_for(EMBEDDED, "cpu", "16")
+        placement_for(EMBEDDED, "cpu", "16")
     everything = plan_for(rehearse(builders_of(EMBEDDED), spec(), torch.bfloat16), spec(), None).total
     free = {"bytes": 80 * memory.GB}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * memory.GB))
-    assert memory.placement_for(EMBEDDED, "cuda", "auto") == Placement()
+    assert placement_for(EMBEDDED, "cuda", "auto") == Placement()
     free["bytes"] = int((everything - MB) / (1 - plan.SPARE_SHARE))
-    assert memory.placement_for(EMBEDDED, "cuda", "auto").cost > 0
-    assert memory.placement_for(EMBEDDED, "cuda", "16") == memory.placement_for(EMBEDDED, "cuda", "off") == Placement()
+    assert placement_for(EMBEDDED, "cuda", "auto").cost > 0
+    assert placement_for(EMBEDDED, "cuda", "16") == placement_for(EMBEDDED, "cuda", "off") == Placement()
     free["bytes"] = 10 * MB
     with pytest.raises(OptionUnavailable, match=r"even with everything made small, and 0\.0 GB can be used"):
-        memory.placement_for(EMBEDDED, "cuda", "auto")
+        placement_for(EMBEDDED, "cuda", "auto")
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=50 * MB)))
+
+
+def test_a_model_without_room_is_not_loaded_on_a_cpu(embedded: ModelNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = evaluated(embedded, spec(), Placement()).total
+    free_memory(monkeypatch, needed)
+    assert placement_for(EMBEDDED, "cpu", "auto") == Placement()
+    free_memory(monkeypatch, needed - 1)
+    numbers = rf"{needed / memory.GB:.1f} GB of main memory .* and {needed / memory.GB:.1f} GB are free.*--memory off"
+    with pytest.raises(OptionUnavailable, match=numbers):
+        cli.load_pipeline(EMBEDDED, "cpu")
+    assert placement_for(EMBEDDED, "cpu", "off") == Placement()
+    check_exchange(EMBEDDED, "cpu", "auto")  # the model before it frees some
+    free_memory(monkeypatch, needed - 50 * MB - 1)
+    with pytest.raises(OptionUnavailable, match="Close other programs"):
+        check_exchange(EMBEDDED, "cpu", "auto")
+    check_exchange(EMBEDDED, "cpu", "off")
+    check_exchange(EMBEDDED, "cuda", "auto")
+
+
+def test_a_small_model_is_not_rehearsed_before_it_is_loaded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sum(file.stat().st_size for file in EMBEDDED.rglob("*.safetensors"))
+    assert files / placing.SMALL_SHARE < 2 * memory.GB
+    free_memory(monkeypatch, 2 * memory.GB)
+    monkeypatch.setattr(placing, "rehearse", lambda *_: pytest.fail("that takes seconds"))
+    placement_for(EMBEDDED, "cpu", "auto")
 
 
 def test_what_is_no_amount_of_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

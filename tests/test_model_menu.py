@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import huggingface_hub.constants as hub_constants
 import pytest
 
 import app
+from pipeline.cli import EMBEDDED_MODEL
 from pipeline.config import GenerationRequest
+from pipeline.errors import OptionUnavailable, SelfForcingError
 from pipeline.worker import ModelWorker
 from tests.hub import PROGRAM_WITH_SMALL_PIECES, Hub, point_to, published_files, write_published
 from tests.scripted import SPEC, ScriptedPipeline
@@ -22,7 +25,7 @@ from tests.server import Refused, Server
 from tests.small import write_model_folder
 from tests.waiting import wait_until
 from web.downloads import Downloads, DownloadState
-from web.models import ModelChoices
+from web.models import OWN, ModelChoices, ModelMenu
 from weights.install import download
 from weights.manifest import load_manifest
 from weights.progress import gigabytes
@@ -126,6 +129,23 @@ def test_a_model_that_does_not_load_leaves_the_old_one(site: Server, hub: Hub) -
     assert site.page.generator.pipeline.name == "from own"
     assert "In use" in card(site.run("own", "0", name="show")[-1])
     assert "Finished" in site.generate()[-1][1]
+
+
+@pytest.mark.parametrize("error", [OptionUnavailable("It needs 49 GB."), ValueError("a strange config")], ids=str)
+def test_a_model_without_room_is_refused_before_the_old_one_goes(published: Path, tmp_path: Path, error) -> None:
+    def check(folder: Path) -> None:
+        raise error
+
+    choices = ModelChoices(EMBEDDED_MODEL, load, "switch", Store(tmp_path / "home"), published, check)
+    with ModelWorker(lambda: ScriptedPipeline()) as worker:
+        before = worker.wait_ready(10)
+        with gr.Blocks():
+            menu = ModelMenu(choices, worker)
+        shown = []
+        with pytest.raises(SelfForcingError, match="49 GB" if isinstance(error, OptionUnavailable) else "ValueError"):
+            shown.extend(menu.switch(OWN))
+        assert worker.wait_ready(0) is before and worker.changes == 0 and menu._current == OWN
+        menu.downloads.close()
 
 
 def test_when_no_model_is_left_everybody_is_told_and_can_choose_again(site: Server, hub: Hub) -> None:

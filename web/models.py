@@ -19,6 +19,8 @@ from pipeline.blocks import StreamingPipeline
 from pipeline.cli import EMBEDDED_MODEL
 from pipeline.config import ModelSpec
 from pipeline.errors import InvalidRequest, SelfForcingError
+from pipeline.failures import load_failure
+from pipeline.loading import LoadingState
 from pipeline.worker import ModelWorker
 from web.downloads import Downloads
 from weights.manifest import KINDS, MANIFEST_FILE, Manifest, Model, load_manifest
@@ -42,6 +44,7 @@ class ModelChoices:
         folder: of the model that the page starts with.
         load: a model folder -> its pipeline; is called on the model thread.
         mode: whether models may only be exchanged, or downloaded as well.
+        check: raises if the model in a folder has no room here. It is asked before the model in use is given up.
     """
 
     folder: Path
@@ -49,6 +52,7 @@ class ModelChoices:
     mode: MenuMode = "download"
     store: Store = Store()
     manifest_file: Path = MANIFEST_FILE
+    check: Callable[[Path], None] = lambda folder: None
 
 
 class ModelMenu:
@@ -122,21 +126,24 @@ class ModelMenu:
         """Exchange the model, telling how far it is. Yields values of `shown`; to be run in the queue of the model.
 
         Raises:
-            SelfForcingError: the model is not here, or could not be loaded; then the old one is back, or this says
-                that it is not.
+            SelfForcingError: the model is not here, or has no room; or it could not be loaded: then the old one is
+                back, or this says that it is not.
         """
         model = self._model(name)
         if self._state(name) != "present":
             raise InvalidRequest(f"{self._title(name)} is not here yet. Download it first.")
         folder = self._folders[name] if model is None else self._choices.store.model_folder(model)
         failures: list[SelfForcingError] = []
+        checked = threading.Event()
 
         def work() -> None:
             try:
+                self._choices.check(folder)
+                checked.set()
                 self._worker.switch(lambda: self._choices.load(folder))
                 self._current = name
-            except SelfForcingError as error:
-                failures.append(error)
+            except Exception as error:  # the check's: loading has words of its own for whatever happens
+                failures.append(error if isinstance(error, SelfForcingError) else load_failure(error))
                 self._current = self._current if self._has_model() else None
             finally:  # here, and not where it is told: whoever asked may have gone
                 self.after_switch()
@@ -144,7 +151,7 @@ class ModelMenu:
         thread = threading.Thread(target=work, name="switch", daemon=True)
         thread.start()
         while thread.is_alive():
-            loading = self._worker.loading
+            loading = self._worker.loading if checked.is_set() else LoadingState("Looking for room")
             bar = _bar(f"Loading {self._title(name)}", f"{loading.stage} …", loading.share)
             yield (bar, *(gr.update(visible=False) for _ in range(3)))
             thread.join(LOADING_POLL_SECONDS)
