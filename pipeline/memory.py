@@ -28,6 +28,7 @@ from pipeline.config import ModelSpec
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_wan
 from pipeline.errors import WeightsError
 from pipeline.float8 import goes_row_wise, row_wise_bytes, store_in_8_bits
+from pipeline.folder import ModelFolder
 from pipeline.stored_layers import FP8_STORAGE
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -167,11 +168,9 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder.name} has no {part}/config.json. Get the model folder again.") from error
+        raise WeightsError(f"{folder.name} has no {part}/config.json. {ModelFolder(folder).mend}") from error
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{part}/config.json of {folder.name} cannot be read. Get the model folder again."
-        ) from error
+        raise WeightsError(f"{part}/config.json of {folder.name} cannot be read. {ModelFolder(folder).mend}") from error
 
 
 def _bytes(model: nn.Module) -> int:
