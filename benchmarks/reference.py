@@ -16,7 +16,7 @@ frames become bytes is not compared: it is done here as there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Self
 
 import torch
@@ -96,7 +96,7 @@ class ReferencePipeline(SelfForcingPipeline):
 
     def _roll_out(
         self, model: ReferenceTransformer, text: ReferenceText, run: RunInfo, given: Sequence[torch.Tensor] = ()
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         if given:
             raise InvalidRequest("The reference mode starts from nothing else.")
         spec, frames = self.spec, self.spec.frames_per_block

@@ -2,8 +2,9 @@
 
 What there is to compute is counted where it happens, by running the networks on tensors without content; only fused
 attention, which does nothing there, is counted by formula. Everything else (norms, memory, launches) is taken
-to be free, so this limit cannot be reached, and whoever measures more than it has measured wrongly. One product and its
-sum are two operations.
+to be free, so this limit is hardly ever reached, and whoever measures more than it has most likely measured wrongly.
+Convolutions are counted as they are written, not as a library may shorten them. One product and its sum are two
+operations.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class BlockWork:
         cross_attention: of one pass.
         self_attention_frame: of one pass, for each latent frame that is attended to.
         first_decoding, decoding: decoder -> of a clip's first block, and of each later one.
-        steps: denoising steps of a block. Behind them comes a clean pass, but for a clip's last block.
+        first_steps, steps: denoising steps of a clip's first block, and of each later one. Behind them comes a clean
+            pass, but for a clip's last block.
         window_frames, block_frames: of the cache.
     """
 
@@ -40,6 +42,7 @@ class BlockWork:
     self_attention_frame: float
     first_decoding: dict[str, float]
     decoding: dict[str, float]
+    first_steps: int
     steps: int
     window_frames: int
     block_frames: int
@@ -54,8 +57,8 @@ class BlockWork:
     def block(self, block: int, decoder: str | None) -> float:
         """What is done until block number `block` is shown: the clean pass of the one before, all steps, decoding."""
         clean = self.one_pass(self.context(block - 1)) if block else 0.0
-        decoders = self.decoding if block else self.first_decoding
-        return clean + self.steps * self.one_pass(self.context(block)) + (decoders[decoder] if decoder else 0.0)
+        decoders, steps = (self.decoding, self.steps) if block else (self.first_decoding, self.first_steps)
+        return clean + steps * self.one_pass(self.context(block)) + (decoders[decoder] if decoder else 0.0)
 
 
 @torch.inference_mode()
@@ -85,6 +88,7 @@ def count_work(builders: Builders, spec: ModelSpec, dtype: torch.dtype = torch.f
         self_attention_frame=per_key * tokens,
         first_decoding={name: first for name, (first, _) in decoding.items()},
         decoding={name: later for name, (_, later) in decoding.items()},
+        first_steps=len(spec.first_block_steps or spec.denoising_steps),
         steps=len(spec.denoising_steps),
         window_frames=spec.window_frames,
         block_frames=frames,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -60,7 +60,7 @@ class Watched:
     transformer = Reading(0.0, 0.0)
     latents: torch.Tensor
 
-    def _roll_out(self, *arguments: Any, **keywords: Any) -> Iterator[torch.Tensor]:
+    def _roll_out(self, *arguments: Any, **keywords: Any) -> Generator[torch.Tensor, None, None]:
         clock = clock_for(self.device)
         rollout = super()._roll_out(*arguments, **keywords)
         while True:

@@ -342,7 +342,7 @@ def check_model_folder(folder: Path) -> Path:
 
 
 def _how_to_get(folder: Path) -> str | None:
-    from weights.stored import how_to_get  # and with it the hub's library, which a folder that is there does not need
+    from weights.stored import how_to_get  # and with it the hub's library, which takes a second
 
     return how_to_get(folder)
 

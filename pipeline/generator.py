@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,7 @@ class SelfForcingPipeline:
         self._first_steps = None if first is None else DenoisingSteps.from_schedule(schedule, first)
         self._cache: KVCache | None = None
         self._stream_number = 0
+        self._rollout: Generator[torch.Tensor, None, None] | None = None
         self.compiled = CompiledRuns(spec, transformer, self._decoders)
 
     @classmethod
@@ -180,6 +181,8 @@ class SelfForcingPipeline:
         run = self._plan(request, compiled)
         self._stream_number += 1
         number = self._stream_number
+        if self._rollout is not None:  # one that nobody drained holds its cache
+            self._rollout.close()
         for decoder in self._decoders.values():  # the other one, too: what it holds may be what this run lacks room for
             decoder.reset()
         model = self._transformer.apply(fp8=request.fp8, compile=request.compile)
@@ -192,7 +195,7 @@ class SelfForcingPipeline:
             latents = encode_start(request.start, self._vae, self.spec, self.placement.start_tiled)
             given = latents.to(model.device, model.dtype).split(self.spec.frames_per_block, dim=1)
         self.compiled.install(request, compiled, decoder)
-        rollout = self._roll_out(model, text_kv, run, given)
+        rollout = self._rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
         for index in range(run.num_blocks):
             start = time.perf_counter()
@@ -285,7 +288,7 @@ class SelfForcingPipeline:
 
     def _roll_out(
         self, model: CausalWanTransformer3DModel, text_kv: TextKV, run: RunInfo, given: Sequence[torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """The run's blocks of latents [1, F, C, h, w], after those that are given."""
         shape = (1, self.spec.frames_per_block, *self.spec.latent_shape(model.config.in_channels))
         # State is cleared at the start of a run and not at its end: a run that failed has left some behind.

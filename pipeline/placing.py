@@ -71,7 +71,9 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
         WeightsError: the folder's configs cannot be read.
     """
     free = psutil.virtual_memory().available + freed
-    if sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) <= SMALL_SHARE * free:
+    # A link that leads nowhere counts as nothing: loading says what is wrong with it.
+    files = (file for file in folder.glob("*/*.safetensors") if file.exists())
+    if sum(file.stat().st_size for file in files) <= SMALL_SHARE * free:
         return
     report_loading("Planning the memory", 0.0)
     spec = ModelFolder(folder).spec
@@ -86,6 +88,9 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
 
 def check_exchange(folder: Path, device: str | None, memory: str) -> None:
     """`check_main_memory`, asked while another model is still loaded, whose memory this one will have.
+
+    All that this process holds counts as that model's, a language model included: where only that makes the difference,
+    the refusal comes after the old model has gone, and it is loaded again.
 
     Args:
         device, memory: as `placement_for` has them; nothing is asked for a GPU, or with memory `off`.

@@ -6,7 +6,7 @@ from, and at which step a block ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +54,7 @@ def roll_out(
     merge_clean_pass: bool = False,
     exit_step: Callable[[int], int] | None = None,
     given: Sequence[torch.Tensor] = (),
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """Yield each block [B, F, C, h, w] as soon as it is denoised; it enters the cache when the next one is asked for.
 
     Args:

@@ -2,7 +2,7 @@
 
 torch gives a float32 3-D convolution over a single small clip to a slow path (it chooses by the tensor's
 size), the norm as diffusers writes it reads its input a dozen times, and a picture need not be doubled to be convolved
-(`upsampling.py`). On other devices and in other dtypes nothing changes.
+(`upsampling.py`). On other devices, and in fewer bits, nothing changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _CausalConv3d(WanCausalConv3d):
         width, _, height, _, before, _ = self._padding
         if cache_x is not None and before > 0:
             x = torch.cat([cache_x, x], dim=2)
-            before -= cache_x.shape[2]
+            before -= cache_x.shape[2]  # a cache holds no more frames than the kernel looks back
         if before > 0:  # that at the edges is the convolution's own: no copy of the pictures
             x = F.pad(x, (0, 0, 0, 0, before, 0))
         # For torch.compile the same call under a name of its own: it knows no shapes of oneDNN's.

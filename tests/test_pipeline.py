@@ -215,6 +215,16 @@ def test_a_second_stream_ends_the_first(pipe: SelfForcingPipeline) -> None:
         next(first)
 
 
+def test_a_second_stream_takes_the_first_ones_cache_away(pipe: SelfForcingPipeline) -> None:
+    first = pipe.stream(request())
+    next(first)
+    rollout = pipe._rollout
+    second = pipe.stream(request(seed=8))
+    next(second)
+    assert rollout is not None and next(rollout, None) is None
+    second.close()
+
+
 def test_inference_mode_does_not_leak_out_of_a_stream(pipe: SelfForcingPipeline) -> None:
     stream = pipe.stream(request())
     next(stream)

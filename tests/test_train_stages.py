@@ -367,6 +367,12 @@ def test_with_clean_context_one_block_is_judged(world: Path, tmp_path: Path, nam
         partly = Scored(rolled.clips, torch.tensor([False] * 3 + [True] * 3), rolled.embeds)
         assert {len(stage.judged(partly, stage.parts(step)[0], "critic").counted) for step in range(8)} == {6}
         assert stage.step(0)["critic/norm"] > 0
+    settings = stage_settings(name, world, tmp_path, **clean, rollout__gradient_frames=3)
+    with processes(settings.run) as group:
+        stage = STAGES[name](settings, group)
+        whole = Scored(rolled.clips, torch.ones(6, dtype=torch.bool), rolled.embeds)
+        ends = {len(stage.judged(whole, stage.parts(step)[0], "generator").counted) for step in range(8)}
+    assert ends == {6}  # what has no gradients is not judged
 
 
 def test_clean_context_is_for_causal_score_networks(world: Path, tmp_path: Path) -> None:

@@ -197,7 +197,10 @@ class Ablation:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def judge(self, network: Path, kept: Path, steps: int | None, clean_context: bool = False) -> dict[str, Any]:
-        """Scores of a network, remembered in a file in the folder `kept`: a run's own, so they go when it goes."""
+        """Scores of a network, remembered in a file in the folder `kept`.
+
+        A run keeps its own, so they go when it goes; those of the start go with the whole folder of runs.
+        """
         options = self.options
         sampled = f"-{steps}steps" if steps else ""
         path = kept / f"scores{sampled}-{self.asked}.json"

@@ -167,11 +167,9 @@ class ClipSampler:
         if shares is None:
             return []
         seen = shares.sum((1, 2))
-        return [
-            at
-            for at in range(first, last + 1)
-            if seen[at] < _ENTERING * seen.max() and seen[at] <= seen[at - 1] and seen[at] < seen[min(at + 1, last)]
-        ]
+        after = np.append(seen[1:], seen[-1])
+        low = (seen < _ENTERING * seen.max()) & (seen < after)
+        return [at for at in range(first, last + 1) if low[at] and seen[at] <= seen[at - 1]]
 
     def _without_subject(self, clip: int) -> Array:
         """A frame of the clip put together from cells of its frames in which the subject is elsewhere, [C, h, w]."""

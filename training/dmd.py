@@ -61,16 +61,20 @@ class DMDStage(DistillStage[DMDSettings]):
     def judged(self, scored: Scored, draws: Draws, purpose: str) -> Scored:
         """What of a window is judged: all of it, or a block and those before it, see `ScoreSettings.context`.
 
-        A window of a long rollout lacks what its earlier blocks saw, so of that only the last block can be judged.
+        A window of a long rollout lacks what its earlier blocks saw, so of that only the last block can be judged; of
+        others, only those that may have gradients. The context has none: it is given.
         """
         if self.settings.score.context == "noised":
             return scored
-        size, end = self.settings.rollout.block_frames, len(scored.counted)
+        rollout = self.settings.rollout
+        size, end = rollout.block_frames, len(scored.counted)
         if bool(scored.counted.all()):
-            end = size * int(draws.shared(f"{purpose}/judged").integers(1, end // size + 1))
+            first = max(1, end // size - rollout.recorded_frames // size + 1)
+            end = size * int(draws.shared(f"{purpose}/judged").integers(first, end // size + 1))
         counted = torch.zeros(end, dtype=torch.bool)
         counted[end - size :] = True
-        return Scored(scored.clips[:, :end], counted, scored.embeds)
+        clips = torch.cat([scored.clips[:, : end - size].detach(), scored.clips[:, end - size : end]], dim=1)
+        return Scored(clips, counted, scored.embeds)
 
     def cut(self, clips: Tensor) -> Tensor:
         """Of judged clips [B, F, C, h, w], the frames that a loss is scaled by: without clean context."""
@@ -91,11 +95,18 @@ class DMDStage(DistillStage[DMDSettings]):
         context = torch.full_like(times, settings.rollout.context_noise)
         return torch.where(scored.counted.to(times.device), times, context)
 
+    def noised(self, scored: Scored, noise: Tensor, times: Tensor) -> Tensor:
+        """Clips at their timesteps; context that was in the cache without noise stays without it."""
+        noisy = self.real.noised(scored.clips, noise, times)
+        if self.settings.score.context == "noised" or self.settings.rollout.context_noise:
+            return noisy
+        return torch.where(scored.counted.to(noisy.device)[:, None, None, None], noisy, scored.clips)
+
     def estimates(self, scored: Scored, draws: Draws) -> tuple[Tensor, Tensor]:
         """Clean estimates of the frozen and of the learning network for the same noised clips."""
         score, clips = self.settings.score, scored.clips
         times = self.score_times(scored, draws, "generator/time")
-        noisy = self.real.noised(clips, self.noise_like(draws, "generator/noise", clips), times)
+        noisy = self.noised(scored, self.noise_like(draws, "generator/noise", clips), times)
         without = self.without.expand_as(scored.embeds)
 
         def estimate(network: ScoreNetwork, guidance: float) -> Tensor:
@@ -114,7 +125,7 @@ class DMDStage(DistillStage[DMDSettings]):
         clips = scored.clips
         times = self.score_times(scored, draws, "critic/time")
         noise = self.noise_like(draws, "critic/noise", clips)
-        noisy = self.fake.noised(clips, noise, times)
+        noisy = self.noised(scored, noise, times)
         return flow_loss(self.fake.flow(noisy, times, self.fake.encode(scored.embeds)), clips, noise, scored.weight)
 
 

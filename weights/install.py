@@ -256,7 +256,9 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
             for path in _distinct(store.part_folder(part) / name, folder / part.kind / name)
         ]
         meter = Meter(sum(entry["bytes"] for _, _, entry in records), listener)
+        stamps: dict[tuple[str, str], dict[str, int]] = {}
         for part, path, entry in records:
+            stamps[part.id, path.name] = _stamp(path)  # before it is read: what is written meanwhile has a later one
             meter.stage(f"Checking {part.id}/{path.name}")
             if sha256_of(path, meter.advance) != entry["sha256"]:
                 store.forget_part(part)
@@ -265,7 +267,7 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
                 )
         for part in model.parts:
             known = store.part_files(part)
-            found = {name: entry | _stamp(folder / part.kind / name) for name, entry in known.items()}
+            found = {name: entry | stamps[part.id, name] for name, entry in known.items()}
             if found != known:
                 store.remember_part(part, found, store.part_folder(part))
     return len(records)
