@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pipeline.control import checkpoint
 
@@ -14,16 +12,16 @@ two that overlap build tensors of the other one's dtype, or leave the wrong defa
 POLL_SECONDS = 0.1
 
 
-@contextmanager
-def loading_alone() -> Iterator[None]:
+class loading_alone:  # noqa: N801 - read as a word: `with loading_alone():`
     """Hold `LOAD_LOCK`. A run that waits for it, because a language model is being loaded, can be stopped meanwhile.
 
     Raises:
         Cancelled, DeadlineExceeded: the run around this must end; the lock is not held.
     """
-    while not LOAD_LOCK.acquire(timeout=POLL_SECONDS):
-        checkpoint()
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        while not LOAD_LOCK.acquire(timeout=POLL_SECONDS):
+            checkpoint()
+
+    def __exit__(self, *_: object) -> None:
         LOAD_LOCK.release()

@@ -267,7 +267,8 @@ def test_report_says_what_held(tmp_path: Path) -> None:
         "Self-Forcing, DMD": {0: scores(0.7, 2.0, 1.2), 1: scores(0.9, 2.0, 0.9)},
         "Real clips": {0: scores(1.0, 0.1)},
     }
-    assert "better than The start itself" in verdicts({**results, "The start itself": {0: scores(0.6)}})[1]
+    with_start = verdicts({**results, "The start itself": {0: scores(0.6)}})[1]
+    assert "better than Teacher forcing, The start itself;" in with_start
     lines = verdicts(results)
     said = {line.split(",")[2].split(" at ")[0].strip(): line.split(": ")[1] for line in lines}
     assert said["quality"] == "better than Teacher forcing; undecided against ODE regression, Diffusion forcing."

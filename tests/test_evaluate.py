@@ -395,7 +395,7 @@ def test_embedded_model_by_the_real_command_line(tmp_path: Path) -> None:
     assert all(0 < error < 0.5 for error in report["standard_error"]["relative"].values())
     assert report["psnr"]["wan"] > 29.5 and report["psnr"]["taehv"] > 28.5
     drift, motion = report["drift"], report["motion"]
-    assert 0.9 < drift["relative"] < 1.1 and 0.5 < drift["flicker"]["mean"] < 2 and report["fps"] > 0
+    assert 0.8 < drift["relative"] < 1.2 and 0.5 < drift["flicker"]["mean"] < 2 and report["fps"] > 0
     assert 0.95 < drift["real"]["relative"] < 1.05 and 0.8 < drift["real"]["flicker"]["mean"] < 1.2
     assert set(motion) == {"videos", "speed", "change", "frozen", "frozen_real"} and motion["videos"] == 1
     assert 0.65 < motion["speed"]["start"] < 1.35 and motion["frozen"] <= 0.5

@@ -93,7 +93,7 @@ def test_going_on_from_own_blocks_is_as_if_they_had_been_made_in_this_run(
         whole = pipe.generate(request(seconds=pipe.spec.frames_in(blocks) / pipe.spec.fps))
     kept = [pipe._cache.in_order(layer) for layer in range(2)]
     first = torch.cat(latents[:given], dim=1)
-    monkeypatch.setattr("pipeline.generator.encode_start", lambda start, vae, spec: first)
+    monkeypatch.setattr("pipeline.generator.encode_start", lambda *_: first)
     start = video(pipe.spec.frames_in(given))
     with recorded(pipe) as again:
         rest = pipe.generate(request(seconds=2, start=start))
@@ -246,7 +246,7 @@ def test_a_run_that_is_stopped_encodes_nothing(pipe: SelfForcingPipeline) -> Non
 
 
 def test_invalid_numbers_of_the_encoder_are_noticed(pipe: SelfForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.start_latents.encode_wan", lambda vae, frames: torch.full((1, 3, 4, 2, 4), torch.nan))
+    monkeypatch.setattr("pipeline.start_latents.encode_wan", lambda *_: torch.full((1, 3, 4, 2, 4), torch.nan))
     with pytest.raises(NonFiniteOutput, match="encoder"):
         pipe.generate(request(start=image()))
 

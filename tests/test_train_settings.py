@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_settings_are_valid(path: Path) -> None:
-    stage = path.stem.split("_", 1)[1].removesuffix("_bench")
+    stage = path.stem.split("_", 1)[1].removesuffix("_bench").removesuffix("_context")
     assert load_settings(STAGES[stage].settings_kind, path).run.steps > 0
 
 

@@ -262,6 +262,7 @@ def verify(model: Model, store: Store, listener: Listener) -> int:
             meter.stage(f"Checking {part.id}/{path.name}")
             if sha256_of(path, meter.advance) != entry["sha256"]:
                 store.forget_part(part)
+                (folder / part.kind / path.name).unlink(missing_ok=True)  # that no copy is taken for the new one
                 raise WeightsError(
                     f"{path.name} of {part.id} has changed since it was downloaded. Get it again with: {again}"
                 )
