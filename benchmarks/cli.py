@@ -131,12 +131,12 @@ def _threads(text: str) -> int:
 
 def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """Measure what is asked for of the model in a folder."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.machine import usable_processors
     from benchmarks.session import QUICK, Scale, Session
     from benchmarks.watch import WatchedPipeline
+    from pipeline.device import chosen_device
     from pipeline.folder import ModelFolder
     from pipeline.memory import builders_of
     from pipeline.placing import placement_for
@@ -147,7 +147,7 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
         load=lambda device, dtype: WatchedPipeline.from_pretrained(folder, device, dtype, placement),
         builders=builders_of(folder),
         spec=placement.fitted(ModelFolder(folder).spec),
-        device=torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=chosen_device(device_name),
         folder=str(folder),
         scale=QUICK if options.quick else Scale(),
         threads=options.threads or usable_processors(),

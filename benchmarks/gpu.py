@@ -39,6 +39,7 @@ from pipeline.cli import (
     say,
 )
 from pipeline.control import RunControl
+from pipeline.device import chosen_device
 from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.process import quiet_libraries
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_device(device_name)
         if device_name is None and not torch.cuda.is_available() and not options.small:
             raise OptionUnavailable("There is no GPU here. --small tries the same on the CPU, without saying much.")
-        result = run(torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu")), options)
+        result = run(chosen_device(device_name), options)
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
         return EXIT_BAD_INPUT

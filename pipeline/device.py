@@ -41,6 +41,11 @@ class DeviceFacts:
         return {"cpu": "a CPU", "cuda": "an AMD GPU"}.get(self.kind, self.kind)
 
 
+def chosen_device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; without one a GPU if there is one, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def processor_name() -> str:
     """Such as `AMD EPYC 9R14`; the machine's kind where it is not told."""
     try:

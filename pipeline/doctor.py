@@ -108,12 +108,13 @@ def examine(model: str, device_name: str | None = None) -> Report:
     check_device(device_name)
     import torch
 
+    from pipeline.device import chosen_device
     from pipeline.float8 import form_on
     from pipeline.memory import rehearse
     from pipeline.plan import CARDS, plan_for, usable, without_losses
     from weights.store import default_home
 
-    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(device_name)
     spec, builders = _find(model)
     needs = rehearse(builders, spec, torch.bfloat16)
     float8 = form_on(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from pipeline.device import chosen_device
 from pipeline.errors import OptionUnavailable
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
@@ -35,7 +36,7 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
             number for what is no NVIDIA GPU.
         WeightsError: the folder's configs cannot be read.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = chosen_device(device)
     if target.type != "cuda" and memory not in ("auto", "off"):
         raise OptionUnavailable(
             f"--memory {memory} plans the memory of an NVIDIA GPU, but the device is {target.type}, where there is "
@@ -95,5 +96,5 @@ def check_exchange(folder: Path, device: str | None, memory: str) -> None:
     Args:
         device, memory: as `placement_for` has them; nothing is asked for a GPU, or with memory `off`.
     """
-    if memory != "off" and torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu":
+    if memory != "off" and chosen_device(device).type == "cpu":
         check_main_memory(folder, freed=psutil.Process().memory_info().rss)
