@@ -352,10 +352,12 @@ class Compiler:
         try:
             _call(unit)
         except Exception as error:
-            # What is in the cache may be damaged, half-written, of a compiler that has changed: once more without it.
-            if _out_of_memory(error) or _disk_full(error) or not compile_cache.give_up():
+            # What is in the cache may be damaged, half-written, of a compiler that has changed, or another program may
+            # have emptied it at this moment: once more without it.
+            if _out_of_memory(error) or _disk_full(error):
                 raise
-            logger.warning("torch.compile failed with what the cache holds; trying without", exc_info=True)
+            compile_cache.give_up()
+            logger.warning("torch.compile failed; trying once more, without what its cache held", exc_info=True)
             self._forget(unit)
             _call(unit)
 
@@ -380,7 +382,20 @@ def failure_sentence(error: BaseException) -> str:
             "torch.compile failed: there was too little memory beside what else was going on. The next video with it "
             "tries again; without it everything works."
         )
-    return "torch.compile failed on this machine. Switch it off; the next run works without it."
+    return (
+        f"torch.compile failed on this machine ({_first_cause(error)}). Switch it off; the next run works without it."
+    )
+
+
+def _first_cause(error: BaseException, length: int = 200) -> str:
+    """What began it, with its kind: whoever reports the failure copies that."""
+    *_, first = causes(error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    # Of a C++ compiler's words, which torch hands on whole, its complaint; else the first line that is no heading.
+    complaints = [line for line in lines if "error: " in line]
+    said = next(iter(complaints or [line for line in lines if not line.endswith(":")]), "")
+    told = f"{type(first).__name__}: {said}" if said else type(first).__name__
+    return told if len(told) <= length else told[: length - 1] + "…"
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ import app
 from pipeline import GenerationRequest, SelfForcingPipeline, compile_cache, compiled_runs
 from pipeline.blocks import FrameBlock
 from pipeline.compile_cache_room import make_room
-from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, kind_of
+from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, failure_sentence, kind_of
 from pipeline.errors import OptionUnavailable
 from pipeline.rotary import apply_rotary
 from pipeline.transformer import CausalWanBlock, gelu
@@ -366,7 +366,7 @@ def test_a_compiler_that_fails_is_told_and_the_model_goes_on(
     backend.error = RuntimeError("no such instruction")
     pipe.compiled.waits = waits
     if waits:
-        with pytest.raises(OptionUnavailable, match=r"torch\.compile failed on this machine"):
+        with pytest.raises(OptionUnavailable, match=r"torch\.compile failed on this machine \(.*no such instruction"):
             made(pipe)
     else:
         assert made(pipe)[1].startswith("warming up")
@@ -436,6 +436,23 @@ def test_only_what_may_come_of_the_cache_empties_it(
     # What was ready went with the cache, and is compiled again.
     assert compiler.state([piece]).state == ("ready" if emptied else "failed")
     assert len(piece.ready) == (2 if emptied else 1) and backend.compilations == (3 if emptied else 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no such instruction", "RuntimeError: no such instruction"),
+        ("backend='x' raised:\nRuntimeError: odd\n\nSet VERBOSE=1", "RuntimeError: RuntimeError: odd"),
+        ("C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\ng++: fatal error: Killed", "g++: fatal error: Killed"),
+        ("", "(RuntimeError)"),
+        ("x" * 1000, "x…)"),
+    ],
+)
+def test_a_failure_names_its_cause(said: str, told: str) -> None:
+    error = ValueError("compiling")
+    error.__cause__ = RuntimeError(said)
+    sentence = failure_sentence(error)
+    assert told in sentence and len(sentence) < 400 and "Switch it off" in sentence
 
 
 def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> None:
@@ -626,7 +643,8 @@ def test_a_pipeline_that_compiles_nothing_has_no_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.delenv(compile_cache.TORCH_VARIABLE, raising=False)
+    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, "")  # so that what `use` sets goes with the test
+    monkeypatch.delenv(compile_cache.TORCH_VARIABLE)
     monkeypatch.setenv(compile_cache.HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.setattr(compile_cache, "_own", None)
     monkeypatch.setattr(compile_cache, "_given_up", False)
