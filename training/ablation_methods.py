@@ -19,6 +19,14 @@ MANY_STEPS = 10**7
 # beginning, as the rollouts of the others are.
 _WHOLE = ("lengths=[]", "shifts=[]", "curriculum=[]", "clips.later_windows=0", "optimizer.average_decay=0.98")
 
+# The network has been trained when it comes here: rates of embedded_causal_context.toml, which goes on from one, too.
+_GOING_ON = (
+    "optimizer.rate=4e-4",
+    "optimizer.matrix_rate=2e-3",
+    "optimizer.warmup_steps=10",
+    "optimizer.flat_until=0.5",
+)
+
 # The paper's own: rollouts as long as the clips. It also makes them those of the GAN, whose real clips are no longer.
 _SHORT_ROLLOUTS = ("rollout.long_share=0",)
 
@@ -45,11 +53,11 @@ METHODS = {
     "teacher": Method(
         "Teacher forcing",
         "causal",
-        (*_WHOLE, "forcing=teacher", "clean_blocks=0.0"),
+        (*_WHOLE, *_GOING_ON, "forcing=teacher", "clean_blocks=0.0"),
         many_steps=16,
         clean_context=True,
     ),
-    "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, "forcing=diffusion"), many_steps=16),
+    "diffusion": Method("Diffusion forcing", "causal", (*_WHOLE, *_GOING_ON, "forcing=diffusion"), many_steps=16),
     "ode": Method("ODE regression", "ode"),
     "dmd": Method("Self-Forcing, DMD", "dmd", _SHORT_ROLLOUTS, from_ode=True),
     "sid": Method("Self-Forcing, SiD", "sid", _SHORT_ROLLOUTS, from_ode=True),
