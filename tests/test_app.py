@@ -99,6 +99,35 @@ def test_a_failing_run_keeps_what_was_made_and_says_why(server: Server) -> None:
     assert "Finished" in server.generate()[-1][1]
 
 
+def test_a_mishap_that_nobody_foresaw_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.generation._pace_notes", lambda *_: 1 // 0)
+    with pytest.raises(Refused, match="went wrong") as refused:
+        server.generate()
+    assert "Failed" in refused.value.values[-1][1] and "went wrong" in refused.value.values[-1][1]
+    wait_until(lambda: server.idle)
+
+
+def test_a_click_that_is_refused_when_its_turn_comes_is_over(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, asked = uuid.uuid4().hex, ("a red ball", 7, 16, 1, True, False, False)
+    ticket, card, *_ = server.run(*asked, name="_begin", session=session)[-1]
+    assert "Starting" in card
+    with monkeypatch.context() as patch:
+        patch.setitem(server.pipeline.unavailable, "taehv", "The other model has no TAEHV.")
+        with pytest.raises(Refused, match="no TAEHV"):
+            server.run(*asked, ticket, session=session)
+    _, card, both, timer, generate, stop = server.call("_end", ticket, session=session)
+    assert "Not made" in card and both["__type__"] == "update" and not timer["active"]
+    assert generate["visible"] and not stop["visible"] and server.pipeline.requests == []
+
+
+def test_what_was_stopped_while_it_waited_stays_so(server: Server) -> None:
+    session, asked = uuid.uuid4().hex, ("a red ball", 7, 16, 1, False, False, False)
+    ticket = server.run(*asked, name="_begin", session=session)[-1][0]
+    server.call("_stop", session=session)
+    assert "Stopped" in server.run(*asked, ticket, session=session)[-1][1]
+    assert server.call("_end", ticket, session=session)[1]["__type__"] == "update"
+
+
 def test_stop_ends_the_run_and_gives_the_file(server: Server) -> None:
     session = uuid.uuid4().hex
     server.pipeline.step_seconds = 0.05
@@ -284,7 +313,8 @@ def test_a_click_whose_run_never_comes_spoils_no_later_one() -> None:
 def test_a_click_that_comes_to_nothing_is_dropped_and_a_later_one_is_not() -> None:
     sessions = Sessions()
     lost = sessions.expect("a")
-    assert sessions.settle("a", lost.id) is None and not sessions.busy("a")
+    assert sessions.settle("a", lost.id) is lost and not sessions.busy("a")
+    assert sessions.settle("a", lost.id) is None, "nobody knows it any more"
     first = sessions.expect("a")
     sessions.begin("a", first.id)
     sessions.stop("a")

@@ -159,7 +159,8 @@ class Generator:
             streamed: Whether somebody plays the segments. Otherwise there are none, and no time is left to a player.
 
         Raises:
-            SelfForcingError: after the last update, which holds what was made until then.
+            SelfForcingError: after the last update, which holds what was made until then, unless what went wrong is
+                nothing that anybody foresaw.
         """
         ticket = self.sessions.begin(session, ticket_id, self.expected(request))
         try:
@@ -172,7 +173,16 @@ class Generator:
             # Leaving this block, for whatever reason and on whatever thread, takes no time and frees the model.
             with run:
                 ticket.attach(run)
-                yield from self._show(run, ticket, session, meter, streamed)
+                try:
+                    yield from self._show(run, ticket, session, meter, streamed)
+                except SelfForcingError:  # told already
+                    raise
+                except Exception as error:
+                    ticket.finished = True
+                    logger.exception("%s failed", run.id)
+                    sentence = "Something went wrong while the video was made. Try again."
+                    yield Update(state="failed", meter=meter, message=sentence)
+                    raise SelfForcingError(sentence) from error
         finally:
             self.sessions.end(session, ticket)
 

@@ -270,9 +270,11 @@ class Page:
         session = session_of(request)
         ended = self.generator.sessions.settle(session, ticket)
         # After Stop the next click may wait already, while the stopped run comes to its end.
-        waiting = self.waiting(session)
+        card, both, timer = self.waiting(session)
+        if ended is not None and ended.wanted and card == gr.skip():
+            card = status.not_made()  # it is over without a word, and would stand there as if it were still to come
         download = gr.update(interactive=ended is not None and ended.has_file)
-        return download, *waiting, *run_buttons(running=self.generator.sessions.busy(session))
+        return download, card, both, timer, *run_buttons(running=self.generator.sessions.busy(session))
 
     def _stop(self, request: gr.Request) -> Values:
         # A run that goes on tells of its end itself, and meanwhile the script says that it stops.

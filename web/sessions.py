@@ -157,8 +157,8 @@ class Sessions:
     def settle(self, session: str, ticket_id: str | None) -> Ticket | None:
         """The visitor's page says that a click has come to its end. Returns the ticket of the run that did.
 
-        If no run ended, this click's never came: the queue may have been full, or the connection gone, after it was
-        noted. Then it is dropped.
+        If no run ended, this click's never began: it was refused when its turn came, or the queue was full, or the
+        connection gone, after it was noted. Then its ticket is dropped and returned. None: nobody knows the click.
         """
         with self._lock:
             if unheard := self._unheard.get(session):
@@ -167,7 +167,7 @@ class Sessions:
                     del self._unheard[session]
                 return ticket
             if self._waiting.get(ticket_id or "", ("", None))[0] == session:
-                del self._waiting[ticket_id or ""]
+                return self._waiting.pop(ticket_id or "")[1]
             return None
 
     def busy(self, session: str) -> bool:

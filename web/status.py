@@ -57,6 +57,10 @@ def finished(meter: RunMeter, recipe: dict[str, Any] | None = None, *, stopped: 
     return card("done", "Stopped" if stopped else "Finished", line, share=share, meter=meter, recipe=recipe)
 
 
+def not_made() -> str:
+    return card("failed", "Not made", "Nothing came of it. Generate asks for it once more.")
+
+
 def failed(message: str, meter: RunMeter | None = None) -> str:
     return card("failed", "Failed", message, meter=meter)
 
