@@ -33,7 +33,7 @@ from web import status
 from web.buffering import MAX_BUFFER_SECONDS, PlaybackBuffer
 from web.generation import Generator
 from web.layout import EXAMPLES_FILE
-from web.sessions import MAX_EXPECTED, Sessions
+from web.sessions import MAX_EXPECTED, Sessions, sessions_ahead
 from web.storage import VideoStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,6 +357,25 @@ def test_a_place_counts_everybody_and_guesses_only_what_is_known() -> None:
     sessions.stop("waiting")
     assert sessions.place("me", ["running", "waiting"]).seconds == pytest.approx(4, abs=0.5), "it is gone in a moment"
     assert sessions.place("waiting", []) is None, "stopped"
+
+
+@pytest.mark.parametrize(
+    ("line", "queued", "ahead"),
+    [
+        (["other", "me", "third"], True, ["running", "other"]),
+        (["me", "other", "me", "third"], True, ["running", "other"]),
+        (["me", "other", "third"], False, ["running", "other", "third"]),
+        (["other", "third"], True, ["running", "other", "third"]),
+    ],
+    ids=["one click", "a click after one that was stopped", "the same before it is queued", "not there yet"],
+)
+def test_a_place_is_that_of_the_newest_click(line: list[str], queued: bool, ahead: list[str]) -> None:
+    def event(session: str) -> SimpleNamespace:
+        return SimpleNamespace(session_hash=session, concurrency_id="model")
+
+    waiting = SimpleNamespace(queue=[event(session) for session in line])
+    queue = SimpleNamespace(active_jobs=[None, [event("running")]], event_queue_per_concurrency_id={"model": waiting})
+    assert sessions_ahead(SimpleNamespace(_queue=queue), "model", "me", queued=queued) == ahead
 
 
 def test_the_queue_cannot_be_walked_around(server: Server) -> None:

@@ -228,10 +228,11 @@ class Page:
         if self.generator.sessions.busy(session):
             raise refusal(InvalidRequest("A video of yours is being made. Stop it first, or wait for its end."))
         ticket = self.generator.sessions.expect(session, expected, kind)
-        return ticket, self.place_of(session) or Place(0, None)
+        return ticket, self.place_of(session, queued=False) or Place(0, None)
 
-    def place_of(self, session: str) -> Place | None:
-        return self.generator.sessions.place(session, sessions_ahead(self.blocks, MODEL_QUEUE, session))
+    def place_of(self, session: str, *, queued: bool = True) -> Place | None:
+        ahead = sessions_ahead(self.blocks, MODEL_QUEUE, session, queued=queued)
+        return self.generator.sessions.place(session, ahead)
 
     def waiting(self, session: str) -> Values:
         """What is said of the visitor's click that waits, if one does: status, the Compare panel's status, timer."""

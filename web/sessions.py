@@ -193,16 +193,21 @@ class Sessions:
         return [*waiting, *self._active.get(session, ())]
 
 
-def sessions_ahead(blocks: gr.Blocks, concurrency_id: str, session: str) -> list[str]:
-    """Whose runs come before a visitor's next one: those that go on, then those that wait, as Gradio has queued them.
+def sessions_ahead(blocks: gr.Blocks, concurrency_id: str, session: str, *, queued: bool = True) -> list[str]:
+    """Whose runs come before a visitor's newest one: those that go on, then those that wait, as Gradio has queued them.
 
     The queue knows of everybody, of programs too, and nobody can stand in it without taking up one of its places.
+    Others of the visitor's own that wait there were stopped, and will be over at once.
+
+    Args:
+        queued: Whether the newest one stands in the queue by now.
     """
     running, waiting = _queued(blocks, concurrency_id)
     in_line = [event.session_hash for event in waiting]
-    if session in in_line:
-        in_line = in_line[: in_line.index(session)]
-    return [*(event.session_hash for event in running), *in_line]
+    if queued and session in in_line:
+        newest = len(in_line) - 1 - in_line[::-1].index(session)
+        in_line = in_line[:newest]
+    return [*(event.session_hash for event in running), *(other for other in in_line if other != session)]
 
 
 def files_in_queue(blocks: gr.Blocks, concurrency_id: str) -> list[str]:
