@@ -26,14 +26,17 @@ class Box:
     end: int
 
 
-def boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
+def boxes(file: BinaryIO, start: int, end: int, *, cut: bool = False) -> Iterator[Box]:
     """The boxes that lie side by side between `start` and `end`.
+
+    Args:
+        cut: Whether this is only the beginning of something: then the last box may go beyond `end`.
 
     Raises:
         VideoError: a box is longer than the space it lies in.
     """
     for _ in range(_MAX_BOXES):
-        if start == end:
+        if start >= end:
             return
         file.seek(start)
         header = file.read(16)
@@ -46,7 +49,7 @@ def boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
             content = start + 16
         elif size == 0:
             size = end - start
-        if start + size > end or start + size < content:
+        if (start + size > end and not cut) or start + size < content:
             raise VideoError("The MP4 file is cut off or damaged.")
         yield Box(kind, content, start + size)
         start += size
@@ -91,6 +94,9 @@ def count_frames(path: Path) -> int:
 def read_comment(path: Path) -> str | None:
     """The file's comment (the iTunes-style tag that players show), or None if it has none.
 
+    The beginning of a file will do: what is made here has its comment there. A camera writes all that a file says of
+    itself behind its pictures, so nothing is wrong if the beginning ends among those.
+
     Raises:
         VideoError: this is no MP4 file, or a damaged one.
     """
@@ -98,7 +104,8 @@ def read_comment(path: Path) -> str | None:
         top = whole_file(file)
         if top.end < 16 or file.seek(0) or file.read(8)[4:] != b"ftyp":
             raise VideoError("This is not an MP4 file.")
-        data = find(file, top, b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data")
+        movie = next((box for box in boxes(file, top.start, top.end, cut=True) if box.kind == b"moov"), None)
+        data = movie and find(file, movie, b"udta", b"meta", b"ilst", b"\xa9cmt", b"data")
         if data is None:
             return None
         if data.end - data.start > _MAX_TEXT_BYTES:

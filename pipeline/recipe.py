@@ -128,7 +128,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if isinstance(recipe, dict) and recipe.get("format") == COMPARISON_FORMAT:
         raise VideoError("This video shows two side by side, so there is not one set of settings to get back.")
     if not isinstance(recipe, dict) or recipe.get("format") != RECIPE_FORMAT:
-        raise VideoError("This video holds no recipe: it was not made here, or another program saved it again.")
+        raise VideoError(
+            "This video holds no recipe: it was not made here, or another program saved it again. To go on from it, "
+            "drop it into “Start from a picture or video”."
+        )
     return recipe
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import struct
 import subprocess
 from contextlib import suppress
 from dataclasses import replace
@@ -141,6 +142,29 @@ def test_the_longest_prompt_fits_into_the_recipe(tmp_path: Path) -> None:
     encoder.encode(block.frames)
     encoder.write_mp4(tmp_path / "out.mp4", build_recipe(block.run, 9))
     assert read_recipe(tmp_path / "out.mp4")["prompt"] == request.prompt
+
+
+def test_of_a_cameras_file_the_beginning_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "camera.mp4"
+    pictures = struct.pack(">I4s", 5_000_000, b"mdat") + bytes(1000)  # and the rest, and all about it, come after that
+    start = struct.pack(">I4s8s", 16, b"ftyp", b"isom")
+    path.write_bytes(start + pictures)
+    with pytest.raises(VideoError, match="no recipe.* drop it into"):
+        read_recipe(path)
+
+
+def test_of_a_video_made_here_the_beginning_holds_the_recipe(tmp_path: Path) -> None:
+    block = next(ScriptedPipeline().stream(REQUEST))
+    encoder = SegmentEncoder(16)
+    encoder.encode(block.frames)
+    path = tmp_path / "out.mp4"
+    encoder.write_mp4(path, build_recipe(block.run, 9))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"mdat") + 100])
+    assert read_recipe(path)["seed"] == block.run.seed
+    path.write_bytes(whole[: whole.index(b"ilst")])
+    with pytest.raises(VideoError, match="cut off"):
+        read_recipe(path)
 
 
 def test_files_without_a_recipe_are_told_apart(tmp_path: Path) -> None:
