@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import httpx
@@ -20,10 +24,12 @@ import numpy as np
 import pytest
 
 import app
+from pipeline.__main__ import COMMANDS
 from pipeline.blocks import FrameBlock, RunInfo
+from pipeline.cli import EMBEDDED_MODEL, parse
 from pipeline.config import GenerationRequest, clean_prompt
 from pipeline.errors import NonFiniteOutput
-from pipeline.recipe import read_recipe
+from pipeline.recipe import build_recipe, read_recipe
 from pipeline.worker import ModelWorker
 from tests.media import read_media
 from tests.scripted import SPEC, ScriptedPipeline, paint, read_code
@@ -287,6 +293,28 @@ def test_status_escapes_everything() -> None:
     meter.count(replace(block(0, 1.0), run=run))
     for text in (status.failed("<script>", meter), status.generating(meter), status.idle("<script>")):
         assert "<script>" not in text and "<i>" not in text.replace("<i style", "")
+
+
+def recipe(prompt: str = "a ball", weights: str = "0" * 64) -> dict[str, Any]:
+    run = replace(block(0, 1.0).run, request=GenerationRequest(prompt=prompt, taehv=True), weights_sha256=weights)
+    return build_recipe(run, 9)
+
+
+@pytest.mark.parametrize("prompt", ["a red ball", '--fp8 \'s a "ball"', "enhance", "$HOME"])
+def test_the_recipes_command_makes_the_video_again(prompt: str) -> None:
+    *command, _ = unescape(status.finished(status.RunMeter(block(0, 1.0).run), recipe(prompt))).split("</code>")
+    words = shlex.split(command[0].rpartition("<code>")[2])
+    assert words[:3] == ["python", "-m", "pipeline"] and words[3] not in COMMANDS
+    options = parse(words[3:])
+    assert (options.prompt, options.seed, options.taehv, options.fp8) == (prompt, 1, True, False)
+    assert str(options.model) == "FOLDER", "of another model it has to be told which"
+
+
+def test_the_command_names_no_model_that_is_taken_by_itself() -> None:
+    weights = EMBEDDED_MODEL / "transformer" / "diffusion_pytorch_model.safetensors"
+    embedded = recipe(weights=hashlib.sha256(weights.read_bytes()).hexdigest())
+    told = status.finished(status.RunMeter(block(0, 1.0).run), embedded)
+    assert "--model" not in told and "python -m pipeline --seed 1" in told
 
 
 def test_stopping_reaches_runs_that_wait_and_runs_that_go_on() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cli import EMBEDDED_MODEL
+from pipeline.file_hashes import hash_files
 from pipeline.loading import LoadingState
 from pipeline.meter import RunMeter
 from web.sessions import Place
@@ -162,12 +165,21 @@ def started_from(start: dict[str, Any]) -> str:
 
 def _command(recipe: dict[str, Any]) -> str:
     settings = recipe["settings"]
-    words = ["python", "-m", "pipeline", recipe["prompt"], "--seed", str(recipe["seed"])]
+    words = ["python", "-m", "pipeline", "--seed", str(recipe["seed"])]
+    if recipe["weights_sha256"] != _embedded_sha256():  # only the visitor knows where theirs lies
+        words += ["--model", "FOLDER"]
     words += ["--seconds", f"{settings['seconds']:g}", "--fps", f"{settings['fps']:g}"]
     words += [f"--{name}" for name in ("taehv", "fp8", "compile") if settings[name]]
     if start := recipe.get("start"):
         words += [f"--{start['kind']}", "FILE"]
-    return shlex.join(words)
+    # After `--`: a prompt may begin as an option does, or be the name of a command.
+    return shlex.join([*words, "--", recipe["prompt"]])
+
+
+@cache
+def _embedded_sha256() -> str:
+    """Of the weights that the command takes if it names none. Not their name: a model trained here has the same."""
+    return hash_files(sorted((EMBEDDED_MODEL / "transformer").glob("*.safetensors"))).together
 
 
 def _duration(seconds: float) -> str:
