@@ -561,7 +561,7 @@ def test_a_clip_for_nobody_is_broken_off_and_can_be_made_again(
         comparer.checked_pair(plain, on, off)
     wait_until(lambda: not warm_ups._learning)
     state = warm_ups.state(request())
-    assert (state.state, state.to_learn) == ("off", True)
+    assert (state.state, state.to_learn) == ("off", True) and not warm_ups.learns(request())
     with pytest.raises(OptionUnavailable, match="Make a video with it first"):
         comparer.checked_pair(plain, on, off)
     wait_until(lambda: not warm_ups._learning)
@@ -583,16 +583,20 @@ def test_a_warm_up_that_ran_out_of_memory_can_be_begun_again(generator: Generato
 
 
 def test_the_page_tells_how_far_it_is() -> None:
-    line = status.warming(CompileState("warming", 3, 8, 40.4))
+    def told(state: CompileState, learning: bool = False) -> str:
+        return status.warming(state, learning=learning)
+
+    line = told(CompileState("warming", 3, 8, 40.4))
     assert "torch.compile is warming up: 3 of 8, about 40 s left; videos are made without it until then" in line
     assert "width:37.5%" in line
-    assert "warming up; videos" in status.warming(CompileState("off"))
-    half_known = status.warming(CompileState("off", 6, 6, to_learn=True))
+    assert "warming up; videos" in told(CompileState("off"), learning=True)
+    half_known = told(CompileState("off", 6, 6, to_learn=True), learning=True)
     assert "warming up; videos" in half_known and "width:0.0%" in half_known
-    assert "is ready" in status.warming(CompileState("ready", 8, 8, 0.0))
-    assert "sf-wrong" in status.warming(CompileState("failed", reason="No <compiler>.")) and "&lt;compiler" in (
-        status.warming(CompileState("failed", reason="No <compiler>."))
-    )
+    nothing_goes_on = told(CompileState("off", to_learn=True))
+    assert "begins with your next video" in nothing_goes_on and "warming up" not in nothing_goes_on
+    assert "is ready" in told(CompileState("ready", 8, 8, 0.0))
+    failed = told(CompileState("failed", reason="No <compiler>."))
+    assert "sf-wrong" in failed and "&lt;compiler" in failed
     assert CompileState("warming", 3, 8, 40.44).as_dict() == {
         "state": "warming",
         "done": 3,
@@ -611,6 +615,10 @@ def test_the_box_begins_the_warm_up(pipe: SelfForcingPipeline, backend: Counted)
             for name, where in (("want_compiled", "warming"), ("ask_warming", "warming"))
         )
         assert choose(False, False, False)[0] == "" and choose("yes", 1, None)[0] == ""
+        assert page.ui.warming_timer.active, "the box may be ticked when a visitor comes"
+        assert page.ui.warming_timer in page.ui.fitted, "or when the model is exchanged"
+        assert not look(False, False, False)[1].active
+        assert "begins with your next video" in look(False, False, True)[0], "nobody has asked for it yet"
         line, timer = choose(False, False, True)
         assert "warming up" in line and timer.active
         wait_until(lambda: "is ready" in look(False, False, True)[0], 60)

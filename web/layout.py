@@ -153,6 +153,7 @@ class Layout:
             self.generate,
             self.fps,
             self.settings_notice,
+            self.warming_timer,
             self.words,
             self.word_list,
             self.suggestion.button,
@@ -184,6 +185,8 @@ class Layout:
                 "info": f"{FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}; natural: {model.native_fps:g}",
             },
             self.settings_notice: {"value": plan},
+            # Asks once how far torch.compile is with this model, and goes on if its box is ticked.
+            self.warming_timer: {"active": True},
             self.words: {"label": f"The {len(words)} words this model knows", "visible": bool(words)},
             self.word_list: {"value": pieces.word_list(words)},
             **self.suggestion.fitted_to(self._help.kinds(model), model),

@@ -68,12 +68,19 @@ def failed(message: str, meter: RunMeter | None = None) -> str:
     return card("failed", "Failed", message, meter=meter)
 
 
-def warming(state: CompileState) -> str:
-    """How far torch.compile is, for a line of its own below the card."""
+def warming(state: CompileState, *, learning: bool) -> str:
+    """How far torch.compile is, for a line of its own below the card.
+
+    Args:
+        learning: Whether a clip waits or is being made that shows what there is to compile.
+    """
     if state.state == "failed":
         return f'<p class="sf-warming sf-wrong">{escape(state.reason)}</p>'
     if state.state == "ready":
         return '<p class="sf-warming">torch.compile is ready: the next video is made with it.</p>'
+    if state.state == "off" and not learning:  # no clip was asked for, or a short one took too long
+        line = "torch.compile begins with your next video, in the background; until it is ready, none is made with it."
+        return f'<p class="sf-warming">{line}</p>'
     counting = state.state == "warming"
     share = state.share if counting else 0.0
     left = "" if state.seconds_left is None else f", about {_duration(state.seconds_left)} left"

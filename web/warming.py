@@ -55,6 +55,11 @@ class WarmUps:
             self._goes_on = True
         threading.Thread(target=self._learn, name="learning", daemon=True).start()
 
+    def learns(self, request: GenerationRequest) -> bool:
+        """Whether a clip for these options waits or is being made."""
+        with self._lock:
+            return _options(request) in self._learning
+
     def check(self, *requests: GenerationRequest) -> None:
         """Begin the warm-up for those that want torch.compile, and refuse them until it is over.
 

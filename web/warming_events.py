@@ -48,10 +48,12 @@ class _WarmingEvents:
     def ask_warming(self, taehv: Any, fp8: Any, compile: Any) -> Values:
         """How far it is. The page goes on asking until that cannot change any more."""
         request = _request(taehv, fp8, compile)
+        # In this order: what a clip has shown is told by the state as soon as the clip is over.
+        learning = request is not None and self._warm_ups.learns(request)
         state = None if request is None else self._warm_ups.state(request)
         if state is None:
             return "", gr.Timer(active=False)
-        return status.warming(state), gr.Timer(active=state.state in ("off", "warming"))
+        return status.warming(state, learning=learning), gr.Timer(active=state.state in ("off", "warming"))
 
 
 def _request(taehv: Any, fp8: Any, compile: Any) -> GenerationRequest | None:
