@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -414,6 +415,21 @@ def test_the_queue_cannot_be_walked_around(server: Server) -> None:
         assert server.http.post("/run/predict", json=body).status_code == 404
     assert server.http.post("/run/generate", json={"data": ["a ball"]}).status_code == 404
     assert server.pipeline.requests == []
+
+
+def test_what_the_page_offers_stays_until_its_visitor_leaves(server: Server) -> None:
+    session, asked = uuid.uuid4().hex, ("a red ball", 7, 16, 1, False, False, False)
+    store = server.page.generator.store
+    with server.http.stream("GET", f"/heartbeat/{session}"):
+        offered = Path(server.click(*asked, session=session)[-1][2]["path"])
+        programs = Path(server.run(*asked, name="generate", session=session)[-1][0]["path"])
+        for folder in (offered.parent, programs.parent):
+            os.utime(folder, (time.time() - store.max_age - 1,) * 2)
+        store.sweep()
+        assert offered.exists() and not programs.exists()
+    wait_until(lambda: not store._folders)
+    store.sweep()
+    assert offered.exists(), "for a moment"
 
 
 def test_stopping_in_the_last_moment_leaves_the_result(server: Server) -> None:

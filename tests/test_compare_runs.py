@@ -496,7 +496,7 @@ def folders(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     made = []
     store = server.page.generator.store
     new_folder = store.new_folder
-    monkeypatch.setattr(store, "new_folder", lambda session: (made.append(new_folder(session)), made[-1])[1])
+    monkeypatch.setattr(store, "new_folder", lambda *what, **how: (made.append(new_folder(*what, **how)), made[-1])[1])
     return made
 
 

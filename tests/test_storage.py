@@ -22,8 +22,8 @@ def store(tmp_path: Path) -> VideoStore:
     return VideoStore(tmp_path / "videos", max_age=1000, max_bytes=10_000, grace=100)
 
 
-def add_video(store: VideoStore, session: str, age: float = 0, size: int = 100) -> Path:
-    folder = store.new_folder(session)
+def add_video(store: VideoStore, session: str, age: float = 0, size: int = 100, *, on_page: bool = False) -> Path:
+    folder = store.new_folder(session, on_page=on_page)
     (folder / "video.mp4").write_bytes(bytes(size))
     make_old(folder, age)
     return folder
@@ -41,6 +41,37 @@ def test_a_visitors_newest_videos_are_kept(store: VideoStore) -> None:
     other = add_video(store, "b")
     assert [folder.exists() for folder in folders] == [False, False] + [True] * KEPT_PER_VISITOR
     assert other.exists()
+
+
+def test_videos_take_no_room_from_comparisons(store: VideoStore) -> None:
+    comparison = store.new_folder("a", "comparison", on_page=True)
+    videos = [add_video(store, "a", on_page=True) for _ in range(KEPT_PER_VISITOR + 1)]
+    assert comparison.exists() and not videos[0].exists()
+    for _ in range(KEPT_PER_VISITOR):
+        store.new_folder("a", "comparison", on_page=True)
+    assert not comparison.exists() and videos[1].exists()
+
+
+def test_what_an_open_page_offers_does_not_age(store: VideoStore) -> None:
+    offered, other = add_video(store, "a", age=5000, on_page=True), add_video(store, "a", age=5000)
+    file = offered / "video.mp4"
+    before = file.stat()
+    store.sweep()
+    assert offered.exists() and not other.exists()
+    after = file.stat()
+    assert after.st_mtime_ns == before.st_mtime_ns and (after.st_ctime_ns > before.st_ctime_ns or os.name == "nt")
+    store.leave("a")
+    store.sweep()
+    assert offered.exists(), "a phone that was locked comes back"
+    make_old(offered, time.time() - offered.stat().st_mtime + 101)
+    store.sweep()
+    assert not offered.exists()
+
+
+def test_for_want_of_room_an_open_pages_oldest_go_too(store: VideoStore) -> None:
+    oldest, newer = (add_video(store, "a", age=age, size=6000, on_page=True) for age in (5000, 4000))
+    store.sweep()
+    assert not oldest.exists() and newer.exists()
 
 
 def test_names_cannot_be_guessed(store: VideoStore) -> None:
@@ -86,8 +117,8 @@ def test_leaving_twice_or_without_a_video_is_nothing(store: VideoStore) -> None:
 
 def test_a_folder_of_which_nothing_came_goes_at_once(store: VideoStore) -> None:
     folder, other = store.new_folder("a"), add_video(store, "a")
-    store.discard("a", folder)
-    store.discard("a", folder)
+    store.discard(folder)
+    store.discard(folder)
     assert not folder.exists() and other.exists()
 
 

@@ -140,7 +140,7 @@ class Comparer:
         stem = f"self-forcing-compare-seed{comparison.pair.a.seed}-{secrets.token_hex(4)}"
         yield ComparisonUpdate(state="writing", side="B")
         report = comparison.report()
-        with self._generator.store.filling(session) as folder:
+        with self._generator.store.filling(session, "comparison", on_page=ticket.announced) as folder:
             both, *each = [folder / f"{stem}{side}.mp4" for side in (("", "-a", "-b") if sides else ("",))]
             writing = [write_side_by_side(comparison, report, both)]
             writing += [write_side(side, file) for side, file in zip((comparison.a, comparison.b), each, strict=False)]

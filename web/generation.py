@@ -225,7 +225,7 @@ class Generator:
         if encoder is not None and encoder.num_frames:
             recipe = build_recipe(meter.run, encoder.num_frames)
             try:
-                file = self._write(encoder, meter, recipe, session)
+                file = self._write(encoder, meter, recipe, session, ticket)
             except VideoError as error:
                 logger.error("%s could not be written", run.id, exc_info=error)
                 failure = failure or error
@@ -244,11 +244,13 @@ class Generator:
             finally:
                 failure = None  # or the error and this frame, with all its segments, would keep each other alive
 
-    def _write(self, encoder: SegmentEncoder, meter: RunMeter, recipe: dict[str, Any], session: str) -> str:
+    def _write(
+        self, encoder: SegmentEncoder, meter: RunMeter, recipe: dict[str, Any], session: str, ticket: Ticket
+    ) -> str:
         # The name is the program's own, never the visitor's words; the folder cannot be guessed.
         seed = f"seed{meter.run.seed}-" if meter.run.seed >= 0 else ""
         name = f"self-forcing-{seed}{secrets.token_hex(4)}.mp4"
-        with self.store.filling(session) as folder:
+        with self.store.filling(session, on_page=ticket.announced) as folder:
             encoder.write_mp4(folder / name, recipe)
         return str(folder / name)
 

@@ -11,19 +11,22 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import VideoError
+from web.sessions import Kind
 
 MAX_AGE_SECONDS = 30 * 60
 MAX_BYTES = 2_000_000_000
 GRACE_SECONDS = 2 * 60
 """How long the videos of a visitor who has left are kept: a phone that is locked for a moment leaves, too."""
 KEPT_PER_VISITOR = 3
+"""Videos, and as many comparisons."""
 UPLOAD_BYTES = 200_000_000
 """What all uploads together may take. They are read at once; Gradio keeps them, and the rests of broken off ones."""
 
@@ -35,6 +38,14 @@ _OUR_FOLDER = re.compile("[0-9a-f]{32}")
 """The root may be a folder that others use as well: what is named otherwise is theirs."""
 
 
+class _Shelf(NamedTuple):
+    """What belongs together: of it, one visitor's, the newest are kept."""
+
+    session: str
+    kind: Kind
+    on_page: bool
+
+
 class VideoStore:
     """Folders with one video or comparison each, below a folder that the web server hands files out of. Thread-safe.
 
@@ -42,8 +53,8 @@ class VideoStore:
 
     Args:
         root: Made when the first video comes.
-        max_age: Seconds after which a video goes, whoever it belongs to.
-        max_bytes: What all videos together may take; beyond that the oldest go.
+        max_age: Seconds after which a video goes, unless it is on a page that is open: its buttons are for it.
+        max_bytes: What all videos together may take; beyond that the oldest go, whoever they belong to.
         grace: Seconds that the videos of a visitor who has left are kept.
     """
 
@@ -59,10 +70,15 @@ class VideoStore:
         self.max_bytes = max_bytes
         self.grace = grace
         self._lock = threading.Lock()
-        self._folders: defaultdict[str, list[Path]] = defaultdict(list)
+        self._folders: defaultdict[_Shelf, list[Path]] = defaultdict(list)
 
-    def new_folder(self, session: str) -> Path:
-        """An empty folder for this visitor's next video. The oldest of theirs makes room for it.
+    def new_folder(self, session: str, kind: Kind = "video", *, on_page: bool = False) -> Path:
+        """An empty folder for this visitor's next video or comparison. The oldest of theirs makes room for it.
+
+        Args:
+            session: Whose it is.
+            kind: What it is for.
+            on_page: Whether a page offers it until its visitor leaves. A program takes what it wants at once.
 
         Raises:
             OSError: it cannot be made.
@@ -70,7 +86,7 @@ class VideoStore:
         folder = self.root / secrets.token_hex(16)
         folder.mkdir(parents=True)
         with self._lock:
-            folders = self._folders[session]
+            folders = self._folders[_Shelf(session, kind, on_page)]
             folders.append(folder)
             superseded = folders[:-KEPT_PER_VISITOR]
             del folders[:-KEPT_PER_VISITOR]
@@ -79,7 +95,7 @@ class VideoStore:
         return folder
 
     @contextmanager
-    def filling(self, session: str) -> Iterator[Path]:
+    def filling(self, session: str, kind: Kind = "video", *, on_page: bool = False) -> Iterator[Path]:
         """As `new_folder`, to be filled inside the `with`. If that is not done to its end, nothing of it is kept.
 
         Raises:
@@ -87,43 +103,51 @@ class VideoStore:
         """
         folder: Path | None = None
         try:
-            folder = self.new_folder(session)
+            folder = self.new_folder(session, kind, on_page=on_page)
             yield folder
         except BaseException as error:
             if folder is not None:
-                self.discard(session, folder)
+                self.discard(folder)
             if isinstance(error, OSError):
                 raise VideoError(f"The video could not be written ({error.strerror}).") from error
             raise
 
-    def discard(self, session: str, folder: Path) -> None:
+    def discard(self, folder: Path) -> None:
         """Remove a folder of which nothing came."""
         with self._lock:
-            with suppress(ValueError):
-                self._folders[session].remove(folder)
-            if not self._folders[session]:
-                del self._folders[session]
+            self._keep_only(lambda kept: kept != folder)
         shutil.rmtree(folder, ignore_errors=True)
 
     def leave(self, session: str) -> None:
         """Note that a visitor has left: what is theirs goes with the first sweep after the time of grace."""
         with self._lock:
-            folders = self._folders.pop(session, [])
+            left = {shelf: self._folders.pop(shelf) for shelf in list(self._folders) if shelf.session == session}
         old_enough = time.time() - self.max_age + self.grace
-        for folder in folders:
-            with suppress(OSError):  # gone already
-                os.utime(folder, (old_enough, min(old_enough, folder.stat().st_mtime)))
+        for shelf, folders in left.items():
+            for folder in folders:
+                with suppress(OSError):  # gone already
+                    # What was on a page may be older than anything else is let be, and has its time of grace, too.
+                    modified = old_enough if shelf.on_page else min(old_enough, folder.stat().st_mtime)
+                    os.utime(folder, (old_enough, modified))
 
     def sweep(self) -> None:
         """Remove what is too old, and the oldest of what is too much."""
+        with self._lock:
+            on_page = {folder for shelf, folders in self._folders.items() if shelf.on_page for folder in folders}
+        for folder in on_page:
+            _look_used(folder)
         with suppress(OSError):  # nothing was made yet
             ours = (entry for entry in self.root.iterdir() if _OUR_FOLDER.fullmatch(entry.name))
-            _remove_oldest(ours, self.max_age, self.max_bytes)
+            _remove_oldest(ours, self.max_age, self.max_bytes, ageless=on_page)
         with self._lock:
-            for session, folders in list(self._folders.items()):
-                folders[:] = [folder for folder in folders if folder.exists()]
-                if not folders:
-                    del self._folders[session]
+            self._keep_only(Path.exists)
+
+    def _keep_only(self, wanted: Callable[[Path], bool]) -> None:
+        """Forget the other folders. Holds the lock."""
+        for shelf, folders in list(self._folders.items()):
+            folders[:] = filter(wanted, folders)
+            if not folders:
+                del self._folders[shelf]
 
 
 def sweep_uploads(home: Path, max_age: float = MAX_AGE_SECONDS, max_bytes: int = UPLOAD_BYTES) -> None:
@@ -145,8 +169,24 @@ def remove_upload(home: Path, path: str | Path) -> None:
             file.unlink()
 
 
-def _remove_oldest(entries: Iterable[Path], max_age: float, max_bytes: int) -> None:
-    """Remove files and folders that are older than `max_age`, and the oldest ones until the rest is small enough."""
+def _look_used(folder: Path) -> None:
+    """Have Gradio let the files be: it removes what it handed out by the time of a file's last change, of any kind.
+
+    The time of writing stays: a browser that goes on with a download asks whether it is still that file.
+    """
+    with suppress(OSError):  # gone already
+        for file in folder.iterdir():
+            about = file.stat()
+            os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def _remove_oldest(
+    entries: Iterable[Path], max_age: float, max_bytes: int, ageless: Collection[Path] = frozenset()
+) -> None:
+    """Remove files and folders that are older than `max_age`, and the oldest ones until the rest is small enough.
+
+    Those that are `ageless` go only for want of room.
+    """
     found: list[tuple[float, int, Path]] = []
     for entry in entries:
         with suppress(OSError):  # it may be on its way out
@@ -155,8 +195,8 @@ def _remove_oldest(entries: Iterable[Path], max_age: float, max_bytes: int) -> N
     total = sum(size for _, size, _ in found)
     oldest_allowed = time.time() - max_age
     for modified, size, entry in found:
-        if modified >= oldest_allowed and total <= max_bytes:
-            break
+        if (modified >= oldest_allowed or entry in ageless) and total <= max_bytes:
+            continue
         total -= size
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
