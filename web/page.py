@@ -188,16 +188,19 @@ class Page:
         gr.on([ui.stop.click, ui.compare.stop.click], self._stop, None, [*waiting, *buttons, *both], **quiet)
         ui.place_timer.tick(self._place, None, waiting, **quiet)
         ui.prompt.change(self._notice, [ui.prompt], [ui.notice], js=_DEBOUNCE, trigger_mode="multiple", **quiet)
+        settings = [ui.seed, ui.fps, ui.seconds, ui.start.file]
         gr.on(
             [ui.seed.change, ui.fps.change, ui.seconds.change],
             self._checked_settings,
-            [ui.seed, ui.fps, ui.seconds, ui.start.file],
+            settings,
             [ui.settings_notice],
             trigger_mode="always_last",
             **quiet,
         )
         restored = [ui.dropped, *ui.inputs, ui.notice, *ui.start.shown]
-        ui.dropped.upload(self._restore, [ui.dropped, ui.start.file], restored, **aside)
+        self.restoring = ui.dropped.upload(self._restore, [ui.dropped, ui.start.file], restored, **aside)
+        # Fields that were never shown, in a panel that is closed, tell of no change.
+        self.restoring.success(self._checked_settings, settings, [ui.settings_notice], **quiet)
         ui.arrival.tick(self._arrive, None, ui.fitted, **quiet)
         self.blocks.unload(self._leave)
 

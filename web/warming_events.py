@@ -30,6 +30,7 @@ def wire_warming(page: Page) -> None:
         trigger_mode="always_last",
         **quiet,
     )
+    page.restoring.success(events.want_compiled, options, outputs, **quiet)  # a box that was never shown tells nothing
     ui.warming_timer.tick(events.ask_warming, options, outputs, **quiet)
 
 
