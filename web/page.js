@@ -24,6 +24,8 @@
       event.preventDefault();
       if (!event.repeat) press(suggested ? "suggestion-use" : "generate");
     } else if (event.key === "Escape" && !event.isComposing && !event.defaultPrevented) {
+      // A drop-down's Escape closes its list.
+      if (event.target.matches?.("[role=combobox]")) return;
       // In full screen, Escape leaves it and does nothing else.
       if (document.fullscreenElement === null) press(suggested ? "suggestion-dismiss" : "stop");
     }
@@ -97,9 +99,9 @@
   };
 
   const acknowledge = (button, word) => {
-    const before = button.textContent;
+    button.dataset.label ??= button.textContent; // a second click finds the word there
     button.textContent = word;
-    setTimeout(() => (button.textContent = before), 1500);
+    setTimeout(() => (button.textContent = button.dataset.label), 1500);
   };
 
   document.addEventListener("click", (event) => {
@@ -112,8 +114,17 @@
 
   // ---- what follows when the page changes: the player's buttons, the focus, what screen readers hear
 
+  const PAIRS = [["generate", "stop"], ["compare-make", "compare-stop"]]; // a button and its Stop
   let focused = null;
   document.addEventListener("focusin", (event) => (focused = event.target.id));
+  // Whoever presses elsewhere has left the button, even where nothing takes the focus.
+  document.addEventListener(
+    "pointerdown",
+    (event) => {
+      if (!PAIRS.flat().some((id) => byId(id)?.contains(event.target))) focused = null;
+    },
+    true,
+  );
 
   const speak = (place, headline) => {
     const failed = headline?.closest(".sf-failed") != null;
@@ -123,10 +134,10 @@
   };
 
   const follow = () => {
-    // A button and its Stop take each other's place; the focus stays there.
-    for (const pair of [["generate", "stop"], ["compare-make", "compare-stop"]]) {
+    // They take each other's place; the focus stays there.
+    for (const pair of PAIRS) {
       if (document.activeElement !== document.body || !pair.includes(focused)) continue;
-      pair.map(byId).find((button) => button?.offsetParent)?.focus();
+      pair.map(byId).find((button) => button?.offsetParent)?.focus({ preventScroll: true });
     }
     showCompared();
     speak("live", document.querySelector("#status .sf-headline"));
@@ -280,7 +291,7 @@
   // A picture can be dropped anywhere, too: a video starts from it.
   const startFrom = async (file) => {
     const field = () => document.querySelector("#start-file input[type=file]");
-    if (!field()?.checkVisibility?.()) document.querySelector("#start > button")?.click();
+    document.querySelector("#start > button:not(.open)")?.click();
     for (let tries = 0; tries < 20 && field() === null; tries++) await new Promise((resolve) => setTimeout(resolve, 50));
     if (field() === null) return tell("Remove the file that is chosen before you drop another one.");
     const files = new DataTransfer();
@@ -290,30 +301,33 @@
   };
 
   const carriesFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
-  let depth = 0; // of elements that the file is being dragged over, one inside the other
+  const DRAG_MS = 500; // a file over the page is told more often than that
+  let dragged;
 
-  const showDropping = (change) => {
-    depth = Math.max(0, depth + change);
-    document.body.classList.toggle("sf-dropping", depth > 0);
+  const endDropping = () => {
+    clearTimeout(dragged);
+    document.body.classList.remove("sf-dropping");
   };
 
+  // Not by entering and leaving: what is exchanged while a file is over it never tells that the file has left.
   document.addEventListener(
-    "dragenter",
+    "dragover",
     (event) => {
       if (!carriesFiles(event)) return;
-      showDropping(1);
+      event.preventDefault();
+      document.body.classList.add("sf-dropping");
       document.body.classList.toggle("sf-into-start", Boolean(event.target.closest?.("#start-file")));
+      clearTimeout(dragged);
+      dragged = setTimeout(endDropping, DRAG_MS);
     },
     true,
   );
-  document.addEventListener("dragleave", (event) => carriesFiles(event) && showDropping(-1), true);
-  document.addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault(), true);
   document.addEventListener(
     "drop",
     (event) => {
       if (!carriesFiles(event)) return;
-      showDropping(-depth);
-      if (event.target.closest("#start-file")) return; // what a video starts from: Gradio takes it
+      endDropping();
+      if (event.target.closest?.("#start-file")) return; // what a video starts from: Gradio takes it
       event.preventDefault();
       event.stopPropagation();
       const files = [...event.dataTransfer.files];

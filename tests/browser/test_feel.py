@@ -126,8 +126,11 @@ def test_the_seed_of_a_result_can_be_used_again(open_page, site) -> None:
     page = open_page()
     ask(page, seconds=1, seed=-1)
     finish(page)
-    page.get_by_role("button", name="use this seed").click()
+    for _ in range(2):
+        page.locator("[data-use-seed]").click()
     assert page.get_by_label("Seed", exact=True).input_value() == "1234567"
+    page.wait_for_timeout(2000)
+    assert page.inner_text("[data-use-seed]") == "use this seed", "and no longer what a click has made of it"
     page.wait_for_timeout(300)
     page.locator("#generate").click()
     wait_until(page, lambda: len(site.pipeline.requests) == 2)
@@ -161,6 +164,7 @@ def test_a_video_dropped_on_the_page_brings_every_setting_back(open_page, site, 
     drop(other, path)
     wait_until(other, lambda: other.get_by_label("Prompt").input_value() == "a blue ball over the city")
     assert numbers(other) == ["99", "12", "1.5"]
+    other.get_by_text("2 blocks, 21 frames, 1.75 s of video.").wait_for()
     for option in ("TAEHV VAE", "FP8 quantization", "torch.compile"):
         assert other.get_by_label(option).is_checked()
     other.get_by_text("All settings are those of that video.").wait_for()
@@ -214,6 +218,25 @@ def drop(page, path: Path) -> None:
         }""",
         [list(path.read_bytes()), path.name],
     )
+
+
+def test_where_a_file_can_be_let_go_shows_only_while_one_is_there(open_page) -> None:
+    page = open_page()
+    page.wait_for_selector("#generate:enabled")
+    page.evaluate(
+        """() => {
+            const files = new DataTransfer();
+            files.items.add(new File(["x"], "a.png", { type: "image/png" }));
+            const drag = (kind, target) =>
+                target.dispatchEvent(new DragEvent(kind, { dataTransfer: files, bubbles: true, cancelable: true }));
+            const passing = document.querySelector("#status").appendChild(document.createElement("p"));
+            for (const kind of ["dragenter", "dragover"]) drag(kind, passing);
+            passing.remove(); // it never tells that the file has left
+            drag("dragover", document);
+        }"""
+    )
+    assert page.evaluate("document.body.classList.contains('sf-dropping')")
+    page.wait_for_function("!document.body.classList.contains('sf-dropping')")
 
 
 @pytest.mark.parametrize(
@@ -298,6 +321,20 @@ def test_the_keyboard_stays_with_the_button_and_screen_readers_hear_of_the_run(o
     page.locator("#generate").dblclick()
     finish(page)
     assert len(site.pipeline.requests) == 2, "a double click is one click"
+
+
+def test_the_focus_stays_where_a_click_has_put_it(open_page, site) -> None:
+    site.pipeline.step_seconds = 0.1
+    page = open_page()
+    ask(page, seconds=5)
+    page.wait_for_function("document.activeElement.id === 'stop'")
+    page.locator("#header h1").click()
+    assert page.evaluate("document.activeElement === document.body")
+    made = len(site.pipeline.made)
+    wait_until(page, lambda: len(site.pipeline.made) >= made + 2)  # the page has changed by then
+    assert page.evaluate("document.activeElement === document.body")
+    page.keyboard.press("Escape")
+    finish(page)
 
 
 # ---- what goes wrong in the middle

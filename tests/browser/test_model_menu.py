@@ -101,6 +101,20 @@ def test_a_model_is_downloaded_stopped_continued_and_used(open_page, site: MenuS
     assert "model of small" in other.locator(".sf-recipe").text_content()
 
 
+def test_escape_closes_the_list_and_stops_no_video(open_page, site: MenuSite) -> None:
+    page = open_page()
+    page.locator("#models > button").click()
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.locator("#generate").click()
+    page.locator("#stop").wait_for()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="Small").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("option", name="Small").wait_for(state="hidden")
+    page.wait_for_selector(".sf-done", timeout=60_000)
+    assert "Finished" in page.inner_text("#status")
+
+
 def test_on_a_phone_the_menu_fits(open_page, site: MenuSite) -> None:
     page = open_page(390, 844)
     page.locator("#models > button").click()

@@ -63,10 +63,13 @@ def test_a_file_is_chosen_seen_used_and_removed(open_page, site, files: Path) ->
     assert site.pipeline.requests[-1].start is None
 
 
-@retried
-def test_a_picture_can_be_dropped_anywhere_and_fits_a_phone(open_page, site, files: Path) -> None:
+@pytest.mark.parametrize("panel", ["closed", "open"])
+def test_a_picture_can_be_dropped_anywhere_and_fits_a_phone(open_page, site, files: Path, panel: str) -> None:
     page = open_page(width=390, height=844)
     page.wait_for_selector("#generate:enabled")
+    if panel == "open":
+        page.locator("#start > button").click()
+        page.locator("#start-file").wait_for()
     data = base64.b64encode((files / "a.png").read_bytes()).decode()
     page.evaluate(
         """(data) => {
