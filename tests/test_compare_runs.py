@@ -584,6 +584,17 @@ def test_a_visitor_who_waits_is_told_and_can_stop(server: Server) -> None:
     assert not server.page.generator.sessions.busy(session)
 
 
+def test_a_comparison_that_is_refused_when_its_turn_comes_is_over(server: Server, monkeypatch) -> None:
+    session = uuid.uuid4().hex
+    ticket, *_ = server.run(*ASKED, "taehv", name="begin_both", session=session)[-1]
+    with monkeypatch.context() as patch:
+        patch.setitem(server.pipeline.unavailable, "taehv", "The other model has no TAEHV.")
+        with pytest.raises(Refused, match="no TAEHV"):
+            server.run(*ASKED, "taehv", ticket, name="make_both", session=session)
+    status, both, timer, *_ = server.call("end_both", ticket, session=session)
+    assert status == SKIPPED and both == "" and not timer["active"], "nothing says any more that it is to come"
+
+
 def test_a_click_after_stop_is_told_its_place_at_the_end_of_the_one_before(server: Server) -> None:
     session = uuid.uuid4().hex
     first, *_ = server.run(*ASKED, "taehv", name="begin_both", session=session)[-1]
