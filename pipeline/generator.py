@@ -296,7 +296,7 @@ class SelfForcingPipeline:
 
         @functools.cache
         def embedded(timesteps: tuple[float, ...]) -> TimeEmbedding:
-            return model.embed_time(to_device(torch.tensor([timesteps]), model.device))
+            return model.embed_time(to_device(torch.tensor([timesteps], dtype=torch.float32), model.device))
 
         def call(latents: torch.Tensor, timesteps: tuple[float, ...], block: int, step: int | None) -> torch.Tensor:
             if step is not None or block < len(given):
@@ -307,7 +307,7 @@ class SelfForcingPipeline:
             return to_device(block_noise(run.seed, block, step, shape), model.device).to(model.dtype)
 
         level = self.spec.context_noise
-        context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS) if level else None)
+        context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS, dtype=torch.float32) if level else None)
         return roll_out(
             call,
             cache,

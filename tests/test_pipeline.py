@@ -54,6 +54,18 @@ def test_public_names() -> None:
     assert all(getattr(package, name).__name__ == name for name in package.__all__)
 
 
+def test_a_video_does_not_depend_on_torchs_default_dtype(tmp_path: Path) -> None:
+    """Which is another one while weights are loaded on another thread."""
+    noisy = write_model_folder(tmp_path, context_noise=123.4)  # of which nothing is exact in bfloat16
+    plain = frames(SelfForcingPipeline.from_pretrained(noisy, device="cpu"))
+    pipe = SelfForcingPipeline.from_pretrained(noisy, device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.array_equal(frames(pipe), plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_blocks_are_streamed(pipe: SelfForcingPipeline) -> None:
     blocks = list(pipe.stream(request()))
     assert [block.index for block in blocks] == [0, 1, 2]
