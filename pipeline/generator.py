@@ -197,29 +197,34 @@ class SelfForcingPipeline:
         self.compiled.install(request, compiled, decoder)
         rollout = self._rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
-        for index in range(run.num_blocks):
-            start = time.perf_counter()
-            with telling_compile_failures():
-                latents = next(rollout)
-            if not torch.isfinite(latents).all():
-                raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
-            denoised = time.perf_counter()
-            before = decode_start(request.start, given, decoder) if request.start is not None and index == 0 else []
-            frames = to_uint8(decoder.decode(latents), index)
-            frames = np.concatenate([*before, frames]) if before else frames
-            decoded = time.perf_counter()
-            yield FrameBlock(
-                index=index,
-                frames=frames,
-                start_frame=shown,
-                run=run,
-                elapsed=decoded - began,
-                denoise_seconds=denoised - start,
-                decode_seconds=decoded - denoised,
-            )
-            if number != self._stream_number:
-                raise SelfForcingError("Another run was started on this model, which ended this one.")
-            shown += len(frames)
+        try:
+            for index in range(run.num_blocks):
+                start = time.perf_counter()
+                with telling_compile_failures():
+                    latents = next(rollout)
+                if not torch.isfinite(latents).all():
+                    raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
+                denoised = time.perf_counter()
+                before = decode_start(request.start, given, decoder) if request.start is not None and index == 0 else []
+                frames = to_uint8(decoder.decode(latents), index)
+                frames = np.concatenate([*before, frames]) if before else frames
+                decoded = time.perf_counter()
+                yield FrameBlock(
+                    index=index,
+                    frames=frames,
+                    start_frame=shown,
+                    run=run,
+                    elapsed=decoded - began,
+                    denoise_seconds=denoised - start,
+                    decode_seconds=decoded - denoised,
+                )
+                if number != self._stream_number:
+                    raise SelfForcingError("Another run was started on this model, which ended this one.")
+                shown += len(frames)
+        finally:  # it stands before the last block's clean pass, and would hold cache and weights for as long
+            rollout.close()
+            if self._rollout is rollout:
+                self._rollout = None
 
     def warm_up(self, compile: bool = False) -> None:
         """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor.

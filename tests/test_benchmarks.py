@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +225,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quickly_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of a few pixels stay as small as they are."""
     monkeypatch.setattr(video, "MIN_SHORT_SIDE", 16)
+
+
+@pytest.fixture
+def collected_by_hand() -> Iterator[None]:
+    """What lies in a circle goes only when somebody asks for it."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
@@ -542,6 +552,37 @@ def test_caches_are_let_go_of_and_made_anew(folder: Path) -> None:
     session.release_caches()
     assert pipeline._cache is None and "latents" not in vars(pipeline)
     assert np.array_equal(pipeline.generate(session.request(2)).frames, before)
+
+
+def test_caches_that_are_let_go_of_are_gone(folder: Path, collected_by_hand: None) -> None:
+    session = session_of(folder)
+    pipeline = session.pipeline()
+    pipeline.generate(session.request(2))
+    cache = weakref.ref(pipeline._cache)
+    session.release_caches()
+    assert cache() is None, "before the memory of what is gone is given back to the device"
+
+
+def test_the_agreement_leaves_no_weights_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, collected_by_hand: None
+) -> None:
+    session, made, left = session_of(folder), [], []
+    load, forget = session.load, Session.forget
+
+    def noted(device: torch.device, dtype: torch.dtype) -> WatchedPipeline:
+        pipeline = load(device, dtype)
+        made.append(weakref.ref(pipeline))
+        made.append(weakref.ref(pipeline._transformer._transformer))
+        return pipeline
+
+    def looked_at(self: Session, dtype: torch.dtype) -> None:
+        forget(self, dtype)
+        left.extend(one for one in made if one() is not None)
+
+    monkeypatch.setattr(session, "load", noted)
+    monkeypatch.setattr(Session, "forget", looked_at)
+    assert gpu.agreement(session, math.inf)["holds"] and len(made) == 2
+    assert left == [], "before the memory of what is gone is given back to the device"
 
 
 def test_a_text_encoder_that_visits_a_device_does_so_in_every_pipeline(folder: Path) -> None:

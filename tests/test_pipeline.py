@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,25 @@ def test_a_second_stream_takes_the_first_ones_cache_away(pipe: SelfForcingPipeli
     next(second)
     assert rollout is not None and next(rollout, None) is None
     second.close()
+
+
+@pytest.mark.parametrize("ending", ["drained", "closed", "failed"])
+def test_a_stream_that_has_ended_holds_no_cache(pipe: SelfForcingPipeline, ending: str) -> None:
+    """A rollout is never drained: it would go on to the last block's clean pass, which nobody needs."""
+    stream = pipe.stream(request())
+    next(stream)
+    cache = weakref.ref(pipe._cache)
+    if ending == "drained":
+        list(stream)
+    elif ending == "closed":
+        stream.close()
+    else:
+        pipe._stream_number += 1
+        with pytest.raises(SelfForcingError, match="Another run"):
+            next(stream)
+    pipe._cache = None
+    gc.collect()
+    assert cache() is None and pipe._rollout is None
 
 
 def test_inference_mode_does_not_leak_out_of_a_stream(pipe: SelfForcingPipeline) -> None:
