@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import peak_memory
 from benchmarks.session import PROMPT, SEED, Session
 from pipeline.errors import SelfForcingError
 
@@ -141,7 +141,7 @@ def events_of(order: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     gpu = pipeline.device.type == "cuda"
     yield {
         "event": _VIDEO,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": peak_memory(),
         "gpu_memory": torch.cuda.max_memory_allocated(pipeline.device) if gpu else None,
         "gpu_reserved": torch.cuda.max_memory_reserved(pipeline.device) if gpu else None,
     }

@@ -41,6 +41,7 @@ from pipeline.cli import (
 from pipeline.control import RunControl
 from pipeline.device import chosen_device
 from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.failures import free_memory
 from pipeline.process import quiet_libraries
 
 SCALE = Scale(rounds=5, blocks=7, clips=3, clip_blocks=7, rollout_seconds=60.0, length_blocks=14)
@@ -143,8 +144,7 @@ def run(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
         except Exception as error:  # such as an option that this GPU or torch lacks; the others go on
             said = str(error).strip().partition("\n")[0][:200]
             missing[name] = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         if options.out is not None:
             text = json.dumps(result(), indent=1, allow_nan=False)
             options.out.write_text(text + "\n", encoding="utf-8")
@@ -153,9 +153,10 @@ def run(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
 
 def agreement(session: Session, until: float) -> dict[str, Any]:
     """Whether the reference makes the same video, in float32 and full size; the float32 weights go again."""
-    ours = session.pipeline(torch.float32)
-    try:
-        found = side_by_side.compare(ours, session.reference(torch.float32), session.request(AGREEMENT_BLOCKS))
+    try:  # no name for them here, which would hold them
+        found = side_by_side.compare(
+            session.pipeline(torch.float32), session.reference(torch.float32), session.request(AGREEMENT_BLOCKS)
+        )
     finally:
         session.forget(torch.float32)
     return found.as_dict()

@@ -14,6 +14,7 @@ from benchmarks.machine import product_rate
 from benchmarks.roofline import BlockWork, count_work
 from benchmarks.watch import Clock, Reading, WatchedPipeline, WatchedReference, clock_for
 from pipeline.config import GenerationRequest, ModelSpec
+from pipeline.failures import free_memory
 from pipeline.memory import Builders
 
 PROMPT = "a red balloon rises over the mountains at sunset"
@@ -111,15 +112,13 @@ class Session:
         """Let go of what is loaded in a dtype: a GPU may not hold two of them for long."""
         self._loaded.pop(dtype, None)
         self._references.pop(dtype, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
     def release_caches(self) -> None:
         """Let go of what earlier runs of the loaded pipelines left behind; the weights stay."""
         for pipeline in (*self._loaded.values(), *self._references.values()):
             pipeline.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
     def request(self, blocks: int, prompt: str = PROMPT, **changes: Any) -> GenerationRequest:
         """A video of so many blocks at the model's own rate."""

@@ -1,19 +1,23 @@
 """Pipelines whose transformer is timed apart from everything else, and clocks for that.
 
-On a CPU the clock is processor time, that of the encoder's processes included: other programs can slow it, but not
-count in it. On a GPU it is the time on the wall, with the device waited for.
+On a CPU the clock is processor time, that of the encoder's processes included (but on Windows, which does not add it
+up): other programs can slow it, but not count in it. On a GPU it is the time on the wall, with the device waited for.
 """
 
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 from benchmarks.reference import ReferencePipeline, encoder_beside
 from benchmarks.reference_decoder import twin
@@ -42,11 +46,17 @@ def clock_for(device: torch.device) -> Clock:
     def read() -> Reading:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
-        return Reading(time.perf_counter(), cpu)
+        return Reading(time.perf_counter(), time.process_time() + _seconds_of_children())
 
     return read
+
+
+def _seconds_of_children() -> float:
+    """Processor time of those that have ended. psutil would tell it in steps of 10 ms, and not on macOS."""
+    if resource is None:
+        return 0.0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Watched:

@@ -214,7 +214,7 @@ def _checked(
     try:
         kernel = backend.make(facts)
         for query, key, value in shapes.tensors(device, dtype):
-            rows = torch.linspace(0, query.shape[1] - 1, CHECKED_ROWS, device=device).long()
+            rows = torch.linspace(0, query.shape[1] - 1, CHECKED_ROWS, device=device, dtype=torch.float32).long()
             found = attention(query, key, value, None, kernel)[:, rows].float()
             exact = exact_attention(query[:, rows], key, value)
             error = ((found - exact).norm() / exact.norm()).item()

@@ -9,9 +9,11 @@ a compiler, and what is compiled is just what was counted beforehand, however lo
 Why a thread: a compilation cannot be interrupted, so on the model thread each one would hold up whoever comes next.
 Compiled code belongs to functions, not to threads; dynamo's lock, its callback and the compiler's modes concern the
 compiling thread alone, and plain calls elsewhere go on (two to three times slower on two cores, as measured once, for
-the interpreter and the processors are shared). One thing does not: `torch.compiler.is_compiling()` is true in every
-thread meanwhile. So the model asks `is_dynamo_compiling()`, which is true only in the code that is being compiled.
-Dynamo puts torch's global random state back after each compilation; noise has generators of its own.
+the interpreter and the processors are shared). Two things do not. `torch.compiler.is_compiling()` is true in every
+thread meanwhile: so the model asks `is_dynamo_compiling()`, which is true only in the code that is being compiled. And
+dynamo puts back, after each compilation, what it found of torch's global state: of random numbers, which is why noise
+has generators of its own, and of the default dtype, which loading changes for a while: so nothing is compiled while
+weights are loaded, and nothing loaded while something is compiled.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ from torch import nn
 
 from pipeline import compile_cache
 from pipeline.failures import causes, is_out_of_memory
+from pipeline.load_lock import loading_alone
 
 logger = logging.getLogger(__name__)
+
+TURN_SECONDS = 0.05
+"""Between two compilations. A lock is not fair: else whoever waits to load weights might wait for all of them."""
 
 Kind = tuple[Any, ...]
 """What compiled code depends on of a call's arguments: each is a `Blueprint`, a plain value or a tuple of such."""
@@ -289,7 +295,7 @@ class Compiler:
                 self._lock.wait(seconds)
 
     def close(self, timeout: float | None = 0.0) -> bool:
-        """Compile nothing more. A compilation that goes on cannot be interrupted, but nobody needs to wait for its end.
+        """Compile nothing more. A compilation that goes on cannot be interrupted; only who loads weights waits for it.
 
         Returns whether none goes on after `timeout` seconds; None waits for its end.
         """
@@ -317,35 +323,46 @@ class Compiler:
     # ---- on the thread
 
     def _work(self) -> None:
-        while (unit := self._next()) is not None:
-            failure, passing = None, False
-            try:
-                self._compile(unit)
-            except BaseException as error:  # noqa: BLE001 - whatever it is: the model works without compiled code
-                logger.error("torch.compile failed", exc_info=error)
-                failure, passing = failure_sentence(error), _out_of_memory(error)
-            with self._lock:
-                self._seconds_done += time.monotonic() - self._began
-                self._size_done += unit.size
-                self._current = None
-                if failure is None:
-                    unit.piece.ready.add(unit.kind)
-                else:
-                    self.failure, self.may_try_again = failure, passing
-                    self._units.appendleft(unit)
-                    self._drop(list(self._units))
-                self._lock.notify_all()
-            del unit  # or its weights would outlive a model that is given up
+        while self._goes_on():
+            with loading_alone():
+                self._compile_next()
+            time.sleep(TURN_SECONDS)
 
-    def _next(self) -> _Unit | None:
+    def _goes_on(self) -> bool:
         with self._lock:
             if not self._units:
                 self._thread = None
                 self._lock.notify_all()
-                return None
-            self._current = unit = self._units.popleft()
-            self._began = time.monotonic()
-            return unit
+            return self._thread is not None
+
+    def _compile_next(self) -> None:
+        # Taken only now: while this waited for weights to be loaded, all could be withdrawn without waiting for it.
+        if (unit := self._next()) is None:
+            return
+        failure, passing = None, False
+        try:
+            self._compile(unit)
+        except BaseException as error:  # noqa: BLE001 - whatever it is: the model works without compiled code
+            logger.error("torch.compile failed", exc_info=error)
+            failure, passing = failure_sentence(error), _out_of_memory(error)
+        with self._lock:
+            self._seconds_done += time.monotonic() - self._began
+            self._size_done += unit.size
+            self._current = None
+            if failure is None:
+                unit.piece.ready.add(unit.kind)
+            else:
+                self.failure, self.may_try_again = failure, passing
+                self._units.appendleft(unit)
+                self._drop(list(self._units))
+            self._lock.notify_all()
+
+    def _next(self) -> _Unit | None:
+        with self._lock:
+            if self._units:
+                self._current = self._units.popleft()
+                self._began = time.monotonic()
+            return self._current
 
     def _compile(self, unit: _Unit) -> None:
         compile_cache.use()

@@ -203,8 +203,8 @@ def _patch_size(vae: AutoencoderKLWan) -> int:
 
 def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1/std of the VAE's own latents, rounded in the dtype of `latents` as upstream."""
-    mean = torch.tensor(vae.config.latents_mean).to(latents).view(1, 1, -1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).to(latents).view(1, 1, -1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).to(latents).view(1, 1, -1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, dtype=torch.float32).to(latents).view(1, 1, -1, 1, 1)
     return mean, 1.0 / std
 
 

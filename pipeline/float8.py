@@ -125,9 +125,10 @@ def row_wise_problem(device: torch.device) -> str | None:
             layer = nn.utils.skip_init(nn.Linear, TRIED_SIZE, TRIED_SIZE, bias=False, device=device)
             layer.weight.copy_(torch.eye(TRIED_SIZE))
             layer = nn.Sequential(layer.to(torch.bfloat16))
-            tokens = torch.linspace(-1, 1, TRIED_SIZE * TRIED_SIZE, device=device).view(TRIED_SIZE, TRIED_SIZE)
             quantize_(layer, _row_wise())
-            error = ((layer(tokens.to(torch.bfloat16)).float() - tokens).norm() / tokens.norm()).item()
+            with torch.inference_mode():  # as in a run, whose weights were made without it; see `options.py`
+                tokens = torch.linspace(-1, 1, TRIED_SIZE**2, device=device, dtype=torch.float32).view(TRIED_SIZE, -1)
+                error = ((layer(tokens.to(torch.bfloat16)).float() - tokens).norm() / tokens.norm()).item()
     except Exception as error:  # a kernel that was built for other GPUs, a library that lacks one: whatever they raise
         reason = str(error).strip().partition("\n")[0][:160].rstrip(".")
         return f"torchao fails here ({type(error).__name__}: {reason})"

@@ -197,29 +197,34 @@ class SelfForcingPipeline:
         self.compiled.install(request, compiled, decoder)
         rollout = self._rollout = self._roll_out(model, text_kv, run, given)
         shown = 0
-        for index in range(run.num_blocks):
-            start = time.perf_counter()
-            with telling_compile_failures():
-                latents = next(rollout)
-            if not torch.isfinite(latents).all():
-                raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
-            denoised = time.perf_counter()
-            before = decode_start(request.start, given, decoder) if request.start is not None and index == 0 else []
-            frames = to_uint8(decoder.decode(latents), index)
-            frames = np.concatenate([*before, frames]) if before else frames
-            decoded = time.perf_counter()
-            yield FrameBlock(
-                index=index,
-                frames=frames,
-                start_frame=shown,
-                run=run,
-                elapsed=decoded - began,
-                denoise_seconds=denoised - start,
-                decode_seconds=decoded - denoised,
-            )
-            if number != self._stream_number:
-                raise SelfForcingError("Another run was started on this model, which ended this one.")
-            shown += len(frames)
+        try:
+            for index in range(run.num_blocks):
+                start = time.perf_counter()
+                with telling_compile_failures():
+                    latents = next(rollout)
+                if not torch.isfinite(latents).all():
+                    raise NonFiniteOutput(f"The model produced invalid numbers in block {index + 1}. Try another seed.")
+                denoised = time.perf_counter()
+                before = decode_start(request.start, given, decoder) if request.start is not None and index == 0 else []
+                frames = to_uint8(decoder.decode(latents), index)
+                frames = np.concatenate([*before, frames]) if before else frames
+                decoded = time.perf_counter()
+                yield FrameBlock(
+                    index=index,
+                    frames=frames,
+                    start_frame=shown,
+                    run=run,
+                    elapsed=decoded - began,
+                    denoise_seconds=denoised - start,
+                    decode_seconds=decoded - denoised,
+                )
+                if number != self._stream_number:
+                    raise SelfForcingError("Another run was started on this model, which ended this one.")
+                shown += len(frames)
+        finally:  # it stands before the last block's clean pass, and would hold cache and weights for as long
+            rollout.close()
+            if self._rollout is rollout:
+                self._rollout = None
 
     def warm_up(self, compile: bool = False) -> None:
         """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor.
@@ -296,7 +301,7 @@ class SelfForcingPipeline:
 
         @functools.cache
         def embedded(timesteps: tuple[float, ...]) -> TimeEmbedding:
-            return model.embed_time(to_device(torch.tensor([timesteps]), model.device))
+            return model.embed_time(to_device(torch.tensor([timesteps], dtype=torch.float32), model.device))
 
         def call(latents: torch.Tensor, timesteps: tuple[float, ...], block: int, step: int | None) -> torch.Tensor:
             if step is not None or block < len(given):
@@ -307,7 +312,7 @@ class SelfForcingPipeline:
             return to_device(block_noise(run.seed, block, step, shape), model.device).to(model.dtype)
 
         level = self.spec.context_noise
-        context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS) if level else None)
+        context = ContextNoise(level, torch.tensor(level / TRAIN_STEPS, dtype=torch.float32) if level else None)
         return roll_out(
             call,
             cache,

@@ -241,7 +241,7 @@ def _denoise(
         cache.begin_block(spec.frames_per_block, merged=block > 0)
         frames = spec.frames_per_block * (2 if block else 1)
         latents = torch.zeros(shape[0], frames, *shape[2:], device=device, dtype=dtype)
-        model(latents, torch.zeros(shape[0], frames, device=device), text, cache=cache)
+        model(latents, torch.zeros(shape[0], frames, device=device, dtype=torch.float32), text, cache=cache)
         del latents
         yield
 

@@ -35,7 +35,7 @@ class FlowSchedule:
     @cached_property
     def sigmas(self) -> torch.Tensor:
         """float32 [num_levels]."""
-        u = torch.linspace(1.0, 0.0, self.num_levels + 1)[:-1]
+        u = torch.linspace(1.0, 0.0, self.num_levels + 1, dtype=torch.float32)[:-1]
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     @cached_property
@@ -52,7 +52,7 @@ class FlowSchedule:
 
     def warp(self, steps: Sequence[float]) -> torch.Tensor:
         """Map unwarped steps such as [1000, 750, 500, 250] onto the table: float32 timesteps."""
-        table = torch.cat([self.timesteps, torch.zeros(1)])
+        table = torch.cat([self.timesteps, torch.zeros(1, dtype=torch.float32)])
         return table[[TRAIN_STEPS - round(step) for step in steps]]
 
     def nearest(self, timestep: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,9 @@ class StoredEmbedding(nn.Embedding):
     scale: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.weight[input].to(self.scale.dtype).mul_(self.scale[input])
+        # As whole numbers: on a CPU, older versions of torch cannot pick rows of 8-bit floats.
+        rows = self.weight.view(torch.uint8)[input].view(self.weight.dtype)
+        return rows.to(self.scale.dtype).mul_(self.scale[input])
 
 
 _STORED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}

@@ -1,8 +1,9 @@
-"""Three layers of the Wan VAE in a form that a CPU runs several times faster, with the same result to rounding.
+"""Layers of the Wan VAE in a form that runs several times faster, with the same result to rounding.
 
 torch gives a float32 3-D convolution over a single small clip to a slow path (it chooses by the tensor's
 size), the norm as diffusers writes it reads its input a dozen times, and a picture need not be doubled to be convolved
-(`upsampling.py`). On other devices, and in fewer bits, nothing changes.
+(`upsampling.py`). That is for a CPU in float32. On a GPU in half precision some versions of cuDNN want the weights in
+another order of memory; elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ from pipeline.upsampling import pays, upsampled_conv
 __all__ = ["speed_up"]
 
 
+FAULTY_CUDNN = range(9_08_00, 9_15_00)
+"""Versions whose 3-D convolutions in half precision are wrong unless channels are the last in memory. So torch does
+without (from 2.9.1 on): it copies the pictures once for each place of a kernel, which takes gigabytes and far more time
+than the product itself."""
+
+
 def speed_up(vae: AutoencoderKLWan) -> None:
     """Exchange the classes of the VAE's convolutions, norms and upsamplings; weights, names and config stay as they
-    are."""
+    are. A VAE that a GPU computes is to be there already."""
+    if vae.device.type == "cuda" and vae.dtype != torch.float32 and torch.backends.cudnn.version() in FAULTY_CUDNN:
+        for module in vae.modules():
+            if isinstance(module, WanCausalConv3d):
+                module.to(memory_format=torch.channels_last_3d)
     if not torch.backends.mkldnn.is_available():
         return
     for module in vae.modules():

@@ -9,7 +9,7 @@ are estimates, and the report says so, until somebody has run it and puts in wha
 Parts, in this order (`--parts` names some):
 
 * `plans`: for cards of 8 to 80 GB, the plan that `--memory` would take, with torch kept to that much memory, and no
-  more allocated than was planned;
+  more allocated than was planned and what plans spare of a card;
 * `attention`: every backend forced, which must be called, and what `auto` measures;
 * `growth`: memory after each of ten runs, with switches changing between them, torch.compile among them;
 * `switches`: each must be applied, and off again give the first video back bit for bit; FP8 and torch.compile together;
@@ -47,12 +47,20 @@ from torch import nn  # noqa: E402
 from pipeline import GenerationRequest, SelfForcingPipeline  # noqa: E402
 from pipeline.attention_backends import BACKENDS, AttentionChoice, AttentionShapes, choose_attention  # noqa: E402
 from pipeline.config import ModelSpec  # noqa: E402
-from pipeline.device import DeviceFacts  # noqa: E402
 from pipeline.errors import OptionUnavailable  # noqa: E402
-from pipeline.float8 import Float8Form  # noqa: E402
+from pipeline.float8 import form_on  # noqa: E402
 from pipeline.folder import ModelFolder, index_entries  # noqa: E402
 from pipeline.memory import GB, META, ModelNeeds, builders_of, rehearse  # noqa: E402
-from pipeline.plan import CARDS, DRIVER_BYTES, MemoryPlan, Placement, evaluated, plan_for, usable  # noqa: E402
+from pipeline.plan import (  # noqa: E402
+    CARDS,
+    DRIVER_BYTES,
+    MemoryPlan,
+    Placement,
+    evaluated,
+    plan_for,
+    usable,
+    without_losses,
+)
 from pipeline.start import Start  # noqa: E402
 from scripts.prove_published import random_tensor, take_folder  # noqa: E402
 from tests.hub import write_tokenizer  # noqa: E402
@@ -190,10 +198,18 @@ class Proof:
         return self._needs
 
     def against_plan(self, planned: int) -> tuple[dict[str, Any], list[str]]:
-        """Facts on the peak so far, and a fault if it is above what was planned (bytes)."""
+        """Facts on the peak so far, and a fault if it is above what was planned (bytes).
+
+        Plans count the model's tensors. What kernels take to work in comes out of what a plan spares of a card.
+        """
         peak, reserved = self.peak(), self.reserved()
-        facts = {"planned_gb": in_gb(planned), "peak_gb": in_gb(peak), "reserved_gb": in_gb(reserved)}
-        above = peak is not None and peak > planned
+        facts = {
+            "planned_gb": in_gb(planned),
+            "peak_gb": in_gb(peak),
+            "peak_less_planned_gb": None if peak is None else in_gb(peak - planned),
+            "reserved_gb": in_gb(reserved),
+        }
+        above = peak is not None and without_losses(peak) > planned
         return facts, [f"{in_gb(peak)} GB were allocated, {in_gb(planned)} planned"] if above else []
 
     def load(self, **settings: Any) -> SelfForcingPipeline:
@@ -424,13 +440,14 @@ def picture(spec: ModelSpec) -> Start:
 def wrongly_applied(pipe: SelfForcingPipeline, names: Sequence[str], applied: dict[str, Any]) -> list[str]:
     """A fault for each switch that was asked for and did not do what it does on this device.
 
-    8-bit weights can be computed with, and so compiled, from capability 8.9 on; below that only the decoder is.
+    8-bit weights can be computed with, and so compiled, from capability 8.9 on and with torchao; else only the decoder
+    is. That torchao is there, and fails when it is tried, is a fault.
     """
     dtype = pipe._transformer.dtype
-    row_wise = DeviceFacts.of(pipe.device).at_least(8, 9) and dtype == torch.bfloat16
-    fp8, whole = "fp8" in names, "fp8" not in names or row_wise
+    form = form_on(pipe.device, dtype, trial=lambda device: None)
+    fp8, whole = "fp8" in names, "fp8" not in names or form.row_wise
     wanted = {
-        "precision": Float8Form(row_wise).precision(dtype) if fp8 else str(dtype).removeprefix("torch."),
+        "precision": form.precision(dtype) if fp8 else str(dtype).removeprefix("torch."),
         "decoder": "TAEHV" if "taehv" in names else "Wan VAE",
         "compile": ("on" if whole else "the decoder only, because of FP8") if "compile" in names else "off",
     }
@@ -493,6 +510,12 @@ def random_state(network: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def with_index(name: str) -> torch.device:
+    """The device of a name; of `cuda`, the current one by its number, without which torch limits no memory."""
+    device = torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu-proof", help="folder for the random model")
@@ -532,8 +555,8 @@ def main(argv: list[str] | None = None) -> int:
     blocks = options.blocks or spec.window_frames // spec.frames_per_block
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device(options.device)
-    proof = Proof(folder, device, blocks, options.runs, options.report, options.minutes - built / 60)
+    device, minutes = with_index(options.device), options.minutes - built / 60
+    proof = Proof(folder, device, blocks, options.runs, options.report, minutes)
     for part in options.parts:
         try:
             PARTS[part](proof)

@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import math
-import resource
 import shutil
 import sys
 import time
@@ -31,6 +30,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.machine import peak_memory  # noqa: E402
 from pipeline import GenerationRequest, SelfForcingPipeline  # noqa: E402
 from pipeline.checkpoint import load_checkpoint  # noqa: E402
 from pipeline.folder import index_entries  # noqa: E402
@@ -368,7 +368,7 @@ def weight_files(folder: Path) -> Iterator[Path]:
 
 
 def peak_gb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+    return round(peak_memory() / 1e9, 1)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
+import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -23,7 +28,7 @@ from benchmarks.random_model import RandomModel, small
 from benchmarks.ratios import BEST_DISAGREES, CONTROL_MEDIAN, CONTROL_SPREAD, FEWEST_PAIRS, Ratio, noise, paired_ratio
 from benchmarks.roofline import count_work
 from benchmarks.session import QUICK, Session, default_dtype
-from benchmarks.watch import Reading, WatchedPipeline, WatchedReference
+from benchmarks.watch import Reading, WatchedPipeline, WatchedReference, clock_for
 from pipeline import GenerationRequest, options, video
 from pipeline import cli as cli_pipeline
 from pipeline.compiled_runs import CompiledRuns
@@ -101,6 +106,51 @@ def test_a_quiet_machine_gives_its_ratio() -> None:
 def test_a_noisy_machine_gives_its_reason(found: Ratio, control: Ratio, load: float, said: str) -> None:
     (reason,) = noise(found, control, load, 2)
     assert said in reason
+
+
+# ---- clocks
+
+
+def busy(seconds: float) -> str:
+    return f"import time\nwhile time.process_time() < {seconds}: pass"
+
+
+def test_processor_time_is_this_process_and_those_it_started() -> None:
+    read = clock_for(torch.device("cpu"))
+    before = read()
+    time.sleep(0.3)
+    slept = read() - before
+    assert slept.wall >= 0.3 > slept.cpu
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    worked = read() - before
+    assert worked.cpu - slept.cpu >= 0.2
+    subprocess.run([sys.executable, "-c", busy(0.3)], check=True)
+    assert (read() - before).cpu - worked.cpu >= 0.3
+
+
+NO_RESOURCE = """
+import sys
+import psutil, torch  # psutil has a file of its own for each system
+sys.modules["resource"] = None
+import benchmarks.cli, benchmarks.fresh, benchmarks.gpu, scripts.prove_on_gpu
+from benchmarks.watch import clock_for
+assert clock_for(torch.device("cpu"))().cpu > 0
+"""
+
+
+def test_the_benchmarks_can_do_without_what_windows_lacks() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_RESOURCE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = psutil.Process().memory_info().rss
+    assert 0.5 * held < machine.peak_memory() < psutil.virtual_memory().total
+    told = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
+    monkeypatch.setattr(psutil, "Process", lambda: told)
+    assert machine.peak_memory() == 123
 
 
 # ---- side by side
@@ -223,6 +273,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quickly_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of a few pixels stay as small as they are."""
     monkeypatch.setattr(video, "MIN_SHORT_SIDE", 16)
+
+
+@pytest.fixture
+def collected_by_hand() -> Iterator[None]:
+    """What lies in a circle goes only when somebody asks for it."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
@@ -542,6 +600,37 @@ def test_caches_are_let_go_of_and_made_anew(folder: Path) -> None:
     session.release_caches()
     assert pipeline._cache is None and "latents" not in vars(pipeline)
     assert np.array_equal(pipeline.generate(session.request(2)).frames, before)
+
+
+def test_caches_that_are_let_go_of_are_gone(folder: Path, collected_by_hand: None) -> None:
+    session = session_of(folder)
+    pipeline = session.pipeline()
+    pipeline.generate(session.request(2))
+    cache = weakref.ref(pipeline._cache)
+    session.release_caches()
+    assert cache() is None, "before the memory of what is gone is given back to the device"
+
+
+def test_the_agreement_leaves_no_weights_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, collected_by_hand: None
+) -> None:
+    session, made, left = session_of(folder), [], []
+    load, forget = session.load, Session.forget
+
+    def noted(device: torch.device, dtype: torch.dtype) -> WatchedPipeline:
+        pipeline = load(device, dtype)
+        made.append(weakref.ref(pipeline))
+        made.append(weakref.ref(pipeline._transformer._transformer))
+        return pipeline
+
+    def looked_at(self: Session, dtype: torch.dtype) -> None:
+        forget(self, dtype)
+        left.extend(one for one in made if one() is not None)
+
+    monkeypatch.setattr(session, "load", noted)
+    monkeypatch.setattr(Session, "forget", looked_at)
+    assert gpu.agreement(session, math.inf)["holds"] and len(made) == 2
+    assert left == [], "before the memory of what is gone is given back to the device"
 
 
 def test_a_text_encoder_that_visits_a_device_does_so_in_every_pipeline(folder: Path) -> None:

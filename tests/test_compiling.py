@@ -30,8 +30,10 @@ from pipeline.blocks import FrameBlock
 from pipeline.compile_cache_room import make_room
 from pipeline.compiling import Blueprint, Compiler, CompileState, Piece, failure_sentence, kind_of
 from pipeline.errors import OptionUnavailable
+from pipeline.folder import ModelFolder
+from pipeline.load_lock import LOAD_LOCK, loading_alone
 from pipeline.rotary import apply_rotary
-from pipeline.transformer import CausalWanBlock, gelu
+from pipeline.transformer import CausalWanBlock, CausalWanTransformer3DModel, gelu
 from pipeline.wan_layers import speed_up
 from pipeline.worker import ModelWorker
 from tests.scripted import ScriptedPipeline
@@ -168,6 +170,86 @@ def test_what_a_kind_is() -> None:
     assert kind_of((x, (x, "Rep"), 1)) != same != kind_of((x, (None, "Rep"), 2))
     built = kind_of((others[1],))[0]
     assert isinstance(built, Blueprint) and built.build().stride() == (1, 2)
+
+
+# ---- and loading
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    """Goes with the test, whatever it leaves behind."""
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def called_twice(piece: Piece, owner: nn.Module, rows: int = 1) -> None:
+    """So that this kind of call is compiled."""
+    for _ in range(2):
+        piece(owner, torch.ones(rows, 3, dtype=torch.float32), (None, True))
+
+
+def test_a_compilation_waits_for_weights_that_are_being_loaded(
+    folder: Path, backend: Counted, monkeypatch: pytest.MonkeyPatch, default_dtype: None
+) -> None:
+    """Begun inside `from_pretrained` and ended after it, it would leave the default dtype of the weights behind."""
+    inside, going = threading.Event(), threading.Event()
+    build = CausalWanTransformer3DModel.from_config
+    compiler, owner = Compiler(backend), nn.Linear(3, 1)  # not later: what loading makes has no content at first
+    piece = Piece(doubled, compiler)
+
+    def held_up(*arguments: Any, **settings: Any) -> nn.Module:
+        inside.set()
+        assert going.wait(60)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "from_config", held_up)
+    backend.going.clear()
+    with ThreadPoolExecutor(1) as other:
+        loaded = other.submit(ModelFolder(folder).load, "transformer", torch.bfloat16)
+        assert inside.wait(60) and torch.get_default_dtype() == torch.bfloat16, "or nothing shows"
+        called_twice(piece, owner)
+        time.sleep(0.5)  # in which it would begin
+        begun = backend.attempts
+        going.set()
+        assert loaded.result(60).dtype == torch.bfloat16
+    backend.going.set()
+    compiler.wait(lambda: None)
+    assert torch.get_default_dtype() == torch.float32
+    assert begun == 0 and compiler.state([piece]).state == "ready" and backend.attempts == 1
+
+
+def test_weights_are_loaded_between_two_compilations(folder: Path, backend: Counted, default_dtype: None) -> None:
+    backend.going.clear()
+    compiler, owner = Compiler(backend), nn.Linear(3, 1)
+    piece = Piece(doubled, compiler)
+    for rows in range(1, 5):
+        called_twice(piece, owner, rows)
+    wait_until(lambda: backend.threads)
+    with ThreadPoolExecutor(1) as other:
+        loaded = other.submit(ModelFolder(folder).load, "transformer", torch.bfloat16)
+        attempts: list[int] = []
+        loaded.add_done_callback(lambda _: attempts.append(backend.attempts))
+        with pytest.raises(TimeoutError):
+            loaded.result(timeout=1)
+        backend.going.set()
+        assert loaded.result(60).dtype == torch.bfloat16
+    compiler.wait(lambda: None)
+    assert torch.get_default_dtype() == torch.float32
+    assert attempts[0] < 4, "it does not wait for all of them"
+    assert len(piece.ready) == 4 and backend.attempts == 4, "none failed and was tried again"
+
+
+def test_what_waits_for_weights_to_be_loaded_can_be_withdrawn(backend: Counted) -> None:
+    compiler = Compiler(backend)
+    piece = Piece(doubled, compiler)
+    with loading_alone():
+        called_twice(piece, nn.Linear(3, 1))
+        time.sleep(0.3)  # its thread waits now
+        compiler.withdraw([piece], lambda: None)
+        assert compiler.state([piece]).to_learn and not piece.known
+    assert compiler.close(10) and backend.attempts == 0
+    assert LOAD_LOCK.acquire(timeout=10)
+    LOAD_LOCK.release()
 
 
 # ---- the pipeline
@@ -462,7 +544,7 @@ def test_a_full_disk_is_told(pipe: SelfForcingPipeline, backend: Counted) -> Non
     assert "the disk is full" in pipe.compile_state(request()).reason
 
 
-def test_a_model_that_is_given_up_waits_for_no_compiler(folder: Path, backend: Counted) -> None:
+def test_a_model_that_is_given_up_leaves_nothing_but_what_is_being_compiled(folder: Path, backend: Counted) -> None:
     def load() -> SelfForcingPipeline:
         pipe = SelfForcingPipeline.from_pretrained(folder, device="cpu")
         pipe.compiled.waits = False

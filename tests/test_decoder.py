@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, encode_taehv, encode_wan
@@ -193,6 +194,36 @@ def test_faster_layers_change_nothing_but_rounding(vae: AutoencoderKLWan, tmp_pa
     faster.save_pretrained(tmp_path)
     loaded = AutoencoderKLWan.from_pretrained(tmp_path)
     assert torch.equal(WanStreamDecoder(loaded).decode(latents(2)), WanStreamDecoder(vae).decode(latents(2)))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "version", "changed"),
+    [
+        ("cuda", torch.bfloat16, 91002, True),
+        ("cuda", torch.float16, 90800, True),
+        ("cuda", torch.bfloat16, 91500, False),
+        ("cuda", torch.bfloat16, 90701, False),
+        ("cuda", torch.bfloat16, None, False),
+        ("cuda", torch.float32, 91002, False),
+        ("cpu", torch.bfloat16, 91002, False),
+    ],
+)
+def test_where_cudnn_is_at_fault_channels_come_last_and_nothing_else_changes(
+    vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, version: int, changed: bool
+) -> None:
+    """No GPU has run it: here the order of memory is looked at, and that frames are the same."""
+    plain, other = (copy.deepcopy(vae).to(dtype) for _ in range(2))
+    with monkeypatch.context() as there:
+        there.setattr(AutoencoderKLWan, "device", property(lambda self: torch.device(device)))
+        there.setattr(torch.backends.cudnn, "version", lambda: version)
+        speed_up(other)
+    for module in other.modules():
+        if isinstance(module, WanCausalConv3d) and max(module.kernel_size) > 1:
+            assert module.weight.is_contiguous(memory_format=torch.channels_last_3d) == changed
+            assert module.weight.is_contiguous() != changed
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in other.state_dict().items())
+    frames, expected = (WanStreamDecoder(one).decode(latents(3).to(dtype)) for one in (other, plain))
+    assert (frames.float() - expected.float()).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 3, 1, 1), (3, 2, 1, 6)])

@@ -183,6 +183,27 @@ def test_the_trial_multiplies(fake_torchao, monkeypatch: pytest.MonkeyPatch) -> 
     assert float8.row_wise_problem(CPU) == "torchao fails here (RuntimeError: no kernel image is available)"
 
 
+def test_the_trial_is_made_as_a_run_is(fake_torchao, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, ...]] = []
+
+    class Noted(nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.is_inference_mode_enabled(), tokens.is_inference(), self.weight.is_inference()))
+            return tokens @ self.weight.T
+
+    def quantize_(model: nn.Module, config: FakeConfig) -> None:
+        model[0] = Noted(model[0].weight)
+
+    monkeypatch.setattr(sys.modules["torchao.quantization"], "quantize_", quantize_)
+    assert float8.row_wise_problem(CPU) is None
+    assert seen == [(True, True, False)]
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_switched_on_off_and_on_again(fake_torchao, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "form_on", lambda device, dtype: Float8Form(True))
     monkeypatch.setattr(options, "store_in_8_bits", lambda *_: pytest.fail("that is the other form"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,18 @@ def frames(pipe: SelfForcingPipeline, **changes: Any) -> np.ndarray:
 def test_public_names() -> None:
     assert set(package.__all__) >= {"SelfForcingPipeline", "GenerationRequest"}
     assert all(getattr(package, name).__name__ == name for name in package.__all__)
+
+
+def test_a_video_does_not_depend_on_torchs_default_dtype(tmp_path: Path) -> None:
+    """Which is another one while weights are loaded on another thread."""
+    noisy = write_model_folder(tmp_path, context_noise=123.4)  # of which nothing is exact in bfloat16
+    plain = frames(SelfForcingPipeline.from_pretrained(noisy, device="cpu"))
+    pipe = SelfForcingPipeline.from_pretrained(noisy, device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.array_equal(frames(pipe), plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_blocks_are_streamed(pipe: SelfForcingPipeline) -> None:
@@ -223,6 +237,25 @@ def test_a_second_stream_takes_the_first_ones_cache_away(pipe: SelfForcingPipeli
     next(second)
     assert rollout is not None and next(rollout, None) is None
     second.close()
+
+
+@pytest.mark.parametrize("ending", ["drained", "closed", "failed"])
+def test_a_stream_that_has_ended_holds_no_cache(pipe: SelfForcingPipeline, ending: str) -> None:
+    """A rollout is never drained: it would go on to the last block's clean pass, which nobody needs."""
+    stream = pipe.stream(request())
+    next(stream)
+    cache = weakref.ref(pipe._cache)
+    if ending == "drained":
+        list(stream)
+    elif ending == "closed":
+        stream.close()
+    else:
+        pipe._stream_number += 1
+        with pytest.raises(SelfForcingError, match="Another run"):
+            next(stream)
+    pipe._cache = None
+    gc.collect()
+    assert cache() is None and pipe._rollout is None
 
 
 def test_inference_mode_does_not_leak_out_of_a_stream(pipe: SelfForcingPipeline) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import float8
 from pipeline.device import DeviceFacts
 from pipeline.float8 import Float8Form
 from pipeline.folder import CLASSES, ModelFolder
@@ -82,6 +83,35 @@ def test_more_memory_than_was_planned_fails(tmp_path: Path, monkeypatch: pytest.
         assert passed or all(row.error.startswith("5.0 GB were allocated, 0.0") for row in proof.rows)
 
 
+def test_kernels_may_take_what_plans_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = Proof(write_model_folder(tmp_path), torch.device("cpu"), 1, 9, None, 10)
+    planned = 20 * prove_on_gpu.GB
+    for share, fault, above in ((0.9, False, -2.0), (1.05, False, 1.0), (1.06, True, 1.2)):
+        monkeypatch.setattr(proof, "peak", lambda share=share: int(share * planned))
+        facts, faults = proof.against_plan(planned)
+        assert bool(faults) == fault and facts["peak_less_planned_gb"] == above
+    monkeypatch.setattr(proof, "peak", lambda: None)
+    assert proof.against_plan(planned)[1] == []
+
+
+def test_a_gpu_without_a_number_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to limit the memory of one that has none."""
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+
+    def noted(folder: Path, device: torch.device, *_: object) -> object:
+        devices.append(device)
+        return types.SimpleNamespace(rows=[], clean=lambda: None, count=lambda _: 0, as_dict=lambda: {"passed": True})
+
+    monkeypatch.setattr(prove_on_gpu, "Proof", noted)
+    monkeypatch.setattr(prove_on_gpu, "PARTS", {"nothing": lambda proof: None})
+    for name in ("cuda", "cuda:1", "cpu"):
+        assert main(["--small", "--device", name, "--work", str(tmp_path / name), "--parts", "nothing"]) == 0
+    assert devices == [torch.device("cuda", 2), torch.device("cuda", 1), torch.device("cpu")]
+    assert [torch.cuda._utils._get_device_index(device) for device in devices[:2]] == [2, 1]
+
+
 def test_an_offloaded_text_encoder_that_changes_the_video_or_a_start_without_effect_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +180,8 @@ def test_compiled_runs_are_among_those_whose_memory_is_watched(tmp_path: Path, m
 
 def test_a_switch_that_is_not_applied_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = DeviceFacts("cuda", (9, 0))
-    monkeypatch.setattr(prove_on_gpu.DeviceFacts, "of", lambda device: facts)
+    monkeypatch.setattr(DeviceFacts, "of", lambda device: facts)
+    monkeypatch.setattr(float8, "torchao_problem", lambda: None)
     pipe = types.SimpleNamespace(device=torch.device("cuda"), _transformer=types.SimpleNamespace(dtype=torch.bfloat16))
     row_wise = Float8Form(True).precision(torch.bfloat16)
     good = {"precision": row_wise, "decoder": "Wan VAE", "compile": "on"}
@@ -158,6 +189,12 @@ def test_a_switch_that_is_not_applied_is_a_fault(tmp_path: Path, monkeypatch: py
     (fault,) = wrongly_applied(pipe, ("fp8", "compile"), good | {"compile": "the decoder only, because of FP8"})
     assert fault == "compile is 'the decoder only, because of FP8', not 'on'"
     assert len(wrongly_applied(pipe, ("fp8",), good | {"precision": "bfloat16"})) == 2
+    stored = {"precision": Float8Form(False).precision(torch.bfloat16), "decoder": "Wan VAE"}
+    stored["compile"] = "the decoder only, because of FP8"
+    assert len(wrongly_applied(pipe, ("fp8", "compile"), stored)) == 2, "torchao is there and was not used"
+    monkeypatch.setattr(float8, "torchao_problem", lambda: "torchao is not installed")
+    assert wrongly_applied(pipe, ("fp8", "compile"), stored) == []
+    monkeypatch.setattr(float8, "torchao_problem", lambda: None)
     facts = DeviceFacts("cuda", (8, 0))
     assert len(wrongly_applied(pipe, ("fp8", "compile"), good)) == 2
 

@@ -43,6 +43,16 @@ def test_warped_steps_agree_with_diffusers() -> None:
     torch.testing.assert_close(schedule.warp(STEPS), scheduler.timesteps.float(), rtol=0, atol=1e-3)
 
 
+def test_the_table_does_not_depend_on_torchs_default_dtype() -> None:
+    expected = FlowSchedule(5.0).warp([1000, 750, 500, 0])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = FlowSchedule(5.0).warp([1000, 750, 500, 0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_conversions_are_inverse() -> None:
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, *SHAPE, generator=generator).unbind()
