@@ -710,7 +710,15 @@ def test_ctrl_c_ends_the_command(folder: Path, number: signal.Signals) -> None:
         "enhance_source.Place.load = load\nsys.exit(__main__.main(['enhance', 'a ball', '--enhancer', sys.argv[1]]))"
     )
     command = [sys.executable, "-c", program, str(folder)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl+C, and so would this, if the tests run there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout.readline() == "loading\n"
         process.send_signal(number)
         assert process.stderr.readline() == "Stopped.\n"
