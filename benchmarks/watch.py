@@ -14,11 +14,7 @@ from typing import Any, Self
 
 import torch
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
+from benchmarks.machine import seconds_of_children
 from benchmarks.reference import ReferencePipeline, encoder_beside
 from benchmarks.reference_decoder import twin
 from pipeline.attention_backends import AttentionChoice
@@ -46,17 +42,9 @@ def clock_for(device: torch.device) -> Clock:
     def read() -> Reading:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return Reading(time.perf_counter(), time.process_time() + _seconds_of_children())
+        return Reading(time.perf_counter(), time.process_time() + seconds_of_children())
 
     return read
-
-
-def _seconds_of_children() -> float:
-    """Processor time of those that have ended. psutil would tell it in steps of 10 ms, and not on macOS."""
-    if resource is None:
-        return 0.0
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 class Watched:

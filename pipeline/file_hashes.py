@@ -20,6 +20,11 @@ class FileHashes:
     """File name -> that of the file alone."""
 
 
+def weight_files(part: Path) -> list[Path]:
+    """The weight files in a part's folder, in the order in which they are hashed together."""
+    return sorted(part.glob("*.safetensors"))
+
+
 def hash_files(paths: Iterable[Path]) -> FileHashes:
     """Read files in the order given. Raises `OSError` for one that cannot be read."""
     together, single = hashlib.sha256(), {}

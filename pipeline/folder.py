@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
-from pipeline.file_hashes import FileHashes, hash_files
+from pipeline.file_hashes import FileHashes, hash_files, weight_files
 from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -155,7 +155,7 @@ class ModelFolder:
     def _hashed(self, name: str) -> FileHashes:
         """Hashes of a part's weight files. What has not been written since is not read again."""
         try:
-            files = sorted((self._folder / name).glob("*.safetensors"))
+            files = weight_files(self._folder / name)
             stamps = [(path.name, (about := path.stat()).st_size, about.st_mtime_ns) for path in files]
             if name not in self._hashes or self._hashes[name][0] != stamps:
                 self._hashes[name] = stamps, hash_files(files)

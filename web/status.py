@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import EMBEDDED_MODEL
-from pipeline.file_hashes import hash_files
+from pipeline.file_hashes import hash_files, weight_files
 from pipeline.loading import LoadingState
 from pipeline.meter import RunMeter
 from web.sessions import Place
@@ -186,7 +186,7 @@ def _command(recipe: dict[str, Any]) -> str:
 @cache
 def _embedded_sha256() -> str:
     """Of the weights that the command takes if it names none. Not their name: a model trained here has the same."""
-    return hash_files(sorted((EMBEDDED_MODEL / "transformer").glob("*.safetensors"))).together
+    return hash_files(weight_files(EMBEDDED_MODEL / "transformer")).together
 
 
 def _duration(seconds: float) -> str:
