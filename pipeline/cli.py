@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import secrets
 import subprocess
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from pipeline import container
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
 from pipeline.config import ATTENTION_NAMES, FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
@@ -46,12 +48,15 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attent
         attention: see `attention_backends.choose_attention`.
     """
     check_device(device)
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from pipeline.generator import SelfForcingPipeline
     from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), container.processors()))
     placement = placement_for(folder, device, memory)
     return SelfForcingPipeline.from_pretrained(folder, device, placement=placement, attention=attention)
 

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline import compile_cache
+from pipeline import compile_cache, container
 from pipeline.cli import (
     EMBEDDED_MODEL,
     EXIT_BAD_INPUT,
@@ -47,6 +45,8 @@ class Report:
     memory: int | None
     free_memory: int | None
     main_memory: int
+    processors: int
+    """Both as far as a container may have them."""
     options: dict[str, str]
     """Option -> `works`, or why it does not."""
     float8: dict[str, Any]
@@ -127,7 +127,8 @@ def examine(model: str, device_name: str | None = None) -> Report:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         memory=memory,
         free_memory=free,
-        main_memory=psutil.virtual_memory().total,
+        main_memory=container.total_memory(),
+        processors=container.processors(),
         options=_options(device, "taehv" in builders),
         float8=asdict(float8) | {"sentence": float8.sentence()},
         attention=_attention(builders["transformer"], spec, device),
@@ -227,6 +228,7 @@ def as_text(report: Report) -> str:
         f"Python      {report.python} on {report.system}",
         f"Packages    {', '.join(packages)}",
         f"Device      {report.device}{memory}",
+        f"Machine     {report.processors} processors, {_size(report.main_memory)} of main memory",
         *(f"{name:<12}{state}" for name, state in report.options.items()),
         f"FP8 is      {report.float8['sentence'][:1].lower()}{report.float8['sentence'][1:]}",
         f"Attention   {report.attention['title']}{_timings(report.attention['milliseconds'])}",

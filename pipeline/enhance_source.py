@@ -13,8 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from pipeline import container
 from pipeline.disk import free_disk
 from pipeline.errors import DownloadError, InvalidRequest, OutOfMemory, WeightsError
 from pipeline.load_lock import loading_alone
@@ -146,7 +145,7 @@ def checked_source(source: str) -> Place:
 
 def _check_memory(folder: Path, shown: str) -> None:
     """Raises `OutOfMemory` if the weights, as float32, are larger than the memory that is free now."""
-    needed, free = _float32_bytes(folder), psutil.virtual_memory().available
+    needed, free = _float32_bytes(folder), container.free_memory()
     if needed > free:
         raise OutOfMemory(
             f"{shown} needs {_gigabytes(needed)} of memory, but only {_gigabytes(free)} are free. Ask again later, or "

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from pipeline import container
 from pipeline.device import chosen_device
 from pipeline.errors import OptionUnavailable
 from pipeline.folder import ModelFolder
@@ -71,7 +72,7 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
         OptionUnavailable: with both numbers, and what to do.
         WeightsError: the folder's configs cannot be read.
     """
-    free = psutil.virtual_memory().available + freed
+    free = container.free_memory() + freed
     # A link that leads nowhere counts as nothing: loading says what is wrong with it.
     files = (file for file in folder.glob("*/*.safetensors") if file.exists())
     if sum(file.stat().st_size for file in files) <= SMALL_SHARE * free:
