@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 # What tests compile, not among the user's own; it stays, so the next time is faster.
 os.environ.setdefault("SELF_FORCING_CACHE", os.path.join(tempfile.gettempdir(), "self-forcing-tests"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Much here collects garbage; let it look at what a file's tests make and not at all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

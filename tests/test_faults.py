@@ -57,15 +57,6 @@ def request(num_blocks: int = 7, **changes: Any) -> GenerationRequest:
     return GenerationRequest(**(values | {"seconds": (12 * num_blocks - 3) / FPS} | changes))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """An OutOfMemory collects garbage; let it look at what is made here and not at all that torch ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 BRIEF = request(4)
 """Enough blocks to fill the small model's window and turn its sink."""
 
