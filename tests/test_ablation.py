@@ -68,7 +68,7 @@ def test_settings_of_every_method_are_accepted_by_the_real_files() -> None:
     for name, method in METHODS.items():
         found[name] = described(options, name, changes(options, name, 1, 7, Path("runs/x")))["settings"]
         assert found[name]["run"]["steps"] == 7 and found[name]["network"]["sizes"] is None
-        assert found[name]["network"]["init"].endswith("ode" if method.from_ode else "short")
+        assert found[name]["network"]["init"].endswith("ode" if method.from_ode else "base")
     assert found["teacher"]["forcing"] == "teacher" and found["teacher"]["clips"]["later_windows"] == 0
     assert found["gan"]["critic_warmup"] == found["dmd"]["critic_warmup"] == found["sid"]["critic_warmup"]
 

@@ -217,7 +217,7 @@ class Ablation:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cache = Path("training/cache")
     parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("--start", type=Path, default=cache / "short", help="the short causal network all begin with")
+    parser.add_argument("--start", type=Path, default=cache / "base", help="the causal network all begin with")
     parser.add_argument("--ode", type=Path, default=cache / "ode", help="finished stage ode: Self-Forcing's start")
     parser.add_argument("--pairs", type=Path, default=cache / "ode_pairs", help="trajectories, for ODE regression")
     parser.add_argument("--teacher", type=Path, default=cache / "base", help="fully trained, of DMD and SiD")
