@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
     except SelfForcingError as error:
         say(str(error))
         code = EXIT_FAILED
+    except Exception:
+        traceback.print_exc()  # here: below, the process may end at once
     finally:
         ended = all(thread.close(timeout=2) for thread in (worker, language) if thread is not None)
         if home is not None:
@@ -112,6 +115,8 @@ def make_home() -> TemporaryHome:
             "in GRADIO_TEMP_DIR."
         ) from error
     os.environ["GRADIO_TEMP_DIR"] = str(home.path)
+    if (mcp := sys.modules.get("gradio.mcp")) is not None:  # it has noted down where files went before
+        mcp.DEFAULT_TEMP_DIR = str(home.path)
     return home
 
 
@@ -162,10 +167,11 @@ def serve(
     """
     ticked = ["compile"] if options.compile else []
     demo = build_app(worker, options.max_seconds, models, language, ticked)
+    _reach_oneself_without_a_proxy()
     try:
         with redirect_stdout(io.StringIO()):  # what Gradio has to say of share links and MCP, this program says itself
             _, local, public = demo.launch(
-                server_name=options.host,
+                server_name=_for_gradio(options.host),
                 server_port=options.port,
                 share=options.share,
                 auth=auth,
@@ -182,10 +188,10 @@ def serve(
             f"Port {options.port} on {options.host} cannot be used: another program has it, or the address is not this "
             "machine's. Choose another one with --port."
         ) from error
-    except ValueError as error:  # the check whether the page answers: a proxy may stand in front of the machine itself
+    except Exception as error:  # the check whether the page answers has errors of many kinds
         raise SelfForcingError(
-            "The page was started, but this machine cannot reach it. If a proxy is set, add localhost and 127.0.0.1 to "
-            "NO_PROXY."
+            f"The page was started, but this machine cannot reach it ({type(error).__name__}). If a proxy is set, add "
+            f"localhost, 127.0.0.1 and {options.host} to NO_PROXY."
         ) from error
     address = public or local
     try:
@@ -266,6 +272,11 @@ def read_auth(text: str | None) -> tuple[str, str] | None:
 
 def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """A page that anybody can reach, on a machine that works for whoever asks, is never an accident."""
+    if auth is not None and options.mcp:
+        raise InvalidRequest(
+            "No password can be asked for with --mcp: MCP clients get past it in part, and never to the rest. "
+            "Leave out --auth or --mcp."
+        )
     if not _has_visitors(options) or SPACE_VARIABLE in os.environ:
         return
     reach = "A share link" if options.share else f"The address {options.host}"
@@ -280,6 +291,19 @@ def check_exposure(options: argparse.Namespace, auth: tuple[str, str] | None) ->
 def _has_visitors(options: argparse.Namespace) -> bool:
     """Whether others than whoever sits at this machine can reach the page."""
     return options.share or not _is_loopback(options.host) or SPACE_VARIABLE in os.environ
+
+
+def _reach_oneself_without_a_proxy() -> None:
+    """Gradio asks its own page whether it is there. No proxy knows, whatever else goes through one."""
+    for name in ("no_proxy", "NO_PROXY"):
+        given = os.environ.get(name) or os.environ.get(name.swapcase(), "")
+        os.environ[name] = ",".join(filter(None, (given, "localhost", "127.0.0.1", "::1")))
+
+
+def _for_gradio(host: str) -> str:
+    """It wants an address of IPv6 as browsers do, in brackets."""
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else host
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline import container
 from pipeline.cli import (
     EMBEDDED_MODEL,
     EXIT_BAD_INPUT,
@@ -133,7 +134,6 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
     """Measure what is asked for of the model in a folder."""
     from transformers.utils import logging as transformers_logging
 
-    from benchmarks.machine import usable_processors
     from benchmarks.session import QUICK, Scale, Session
     from benchmarks.watch import WatchedPipeline
     from pipeline.device import chosen_device
@@ -150,7 +150,7 @@ def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> d
         device=chosen_device(device_name),
         folder=str(folder),
         scale=QUICK if options.quick else Scale(),
-        threads=options.threads or usable_processors(),
+        threads=options.threads or container.processors(),
     )
     return measure(session, options.only or list(PARTS), quick=options.quick, seconds=60 * options.minutes)
 

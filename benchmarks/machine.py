@@ -19,6 +19,7 @@ try:
 except ImportError:  # on Windows
     resource = None
 
+from pipeline import container
 from pipeline.device import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
     return {
         "processor": processor_name(),
         "processors": os.cpu_count(),
-        "usable_processors": usable_processors(),
+        "usable_processors": container.processors(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "memory": psutil.virtual_memory().total,
@@ -52,11 +53,6 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
-
-
-def usable_processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.attention_backends import AttentionShapes, choose_attention
+from pipeline.container import limit_threads
 from pipeline.device import chosen_device
 from pipeline.errors import WeightsError
 from pipeline.float8 import store_in_8_bits
@@ -27,6 +28,7 @@ def load_parts(
     attention: str,
 ) -> dict[str, Any]:
     """The arguments of `SelfForcingPipeline` by name. Its `from_pretrained` tells what is taken and raised here."""
+    limit_threads()
     target = chosen_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     source = ModelFolder(folder)

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import secrets
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from pipeline import container
 from pipeline.blocks import FrameBlock, RunInfo, StreamingPipeline
 from pipeline.config import ATTENTION_NAMES, FPS_RANGE, MAX_SEED, SECONDS_RANGE, GenerationRequest, check_available
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
@@ -48,15 +47,12 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attent
         attention: see `attention_backends.choose_attention`.
     """
     check_device(device)
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from pipeline.generator import SelfForcingPipeline
     from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), container.processors()))
     placement = placement_for(folder, device, memory)
     return SelfForcingPipeline.from_pretrained(folder, device, placement=placement, attention=attention)
 
@@ -104,22 +100,23 @@ def run_command(
         worker = ModelWorker(lambda: load(model, device))
         result = work(worker, worker.wait_ready())
         report(json.dumps(result, allow_nan=False) if options.json else sentence(result))
-        return 0
+        code = 0
     except KeyboardInterrupt:
         ignore_interrupts()
         say("Stopped. Nothing was written.")
-        _leave_without_the_model(worker, EXIT_INTERRUPTED)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except (InvalidRequest, OptionUnavailable, WeightsError) as error:
         say(str(error))
-        return EXIT_BAD_INPUT
+        code = EXIT_BAD_INPUT
     except SelfForcingError as error:
         # There is no log to look into, only what --verbose would have shown.
         say(f"{error} Run again with --verbose to see why." if _is_unexplained(error) and not verbose else str(error))
-        return EXIT_FAILED
-    finally:
-        if worker is not None:
-            worker.close()
+        code = EXIT_FAILED
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    _leave_without_the_model(worker, code)
+    return code
 
 
 def _is_unexplained(error: SelfForcingError) -> bool:
@@ -425,5 +422,5 @@ def progress_bar() -> Any:
 
 def _leave_without_the_model(worker: ModelWorker | None, code: int) -> None:
     """End the process if the model does not stop soon: torch cannot be interrupted in the middle of a step."""
-    if worker is not None and not worker.close(timeout=2):
+    if worker is not None and not worker.close(timeout=2 if code == EXIT_INTERRUPTED else 5):
         leave_at_once(code)

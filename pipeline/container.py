@@ -37,22 +37,30 @@ def processors(root: Path = Path("/")) -> int:
     return min((of_the_system, *(max(1, math.ceil(share)) for share in _processor_limits(root))))
 
 
+def limit_threads() -> None:
+    """Let torch, on this thread and those to come, use no more threads than there are processors. Imports torch."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > processors():
+        torch.set_num_threads(processors())
+
+
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Limit and use, in bytes, of every group around this process that has a limit.
 
-    Files that were read once and can be forgotten count as used there, but not here.
+    Files that were read and can be forgotten count as used there, but not here.
     """
     versions = (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     )
-    for controller, limit_file, used_file, forgettable in versions:
+    for controller, limit_file, used_file, prefix in versions:
         for group in _groups(root, controller):
             limit, used = _number(group / limit_file), _number(group / used_file)
             if limit is None or used is None:
                 continue
             entries = dict(line.split()[:2] for line in _text(group / "memory.stat").splitlines() if " " in line)
-            yield limit, used - int(entries.get(forgettable, 0))
+            yield limit, used - sum(int(entries.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
 
 
 def _processor_limits(root: Path) -> Iterator[float]:

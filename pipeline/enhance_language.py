@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import MAX_PROMPT_CHARS, checked_prompt, checked_variant
+from pipeline.container import limit_threads
 from pipeline.enhance import Suggestion
 from pipeline.enhance_source import checked_source
 from pipeline.errors import (
@@ -28,6 +29,7 @@ from pipeline.errors import (
     OutOfMemory,
     SelfForcingError,
 )
+from pipeline.failures import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -152,11 +154,13 @@ class LanguageEnhancer:
                     question.answer = self._answer(question)
             except SelfForcingError as error:
                 question.error = error
-            except MemoryError as error:
-                question.error = _caused(OutOfMemory("There is not enough memory for the language model."), error)
             except BaseException as error:  # a tokenizer's panic, or SystemExit, is no Exception
-                logger.exception("The language model failed")
-                told = SelfForcingError("The language model failed. Ask again, or write the prompt yourself.")
+                told: SelfForcingError
+                if is_out_of_memory(error):
+                    told = OutOfMemory("There is not enough memory for the language model.")
+                else:
+                    logger.exception("The language model failed")
+                    told = SelfForcingError("The language model failed. Ask again, or write the prompt yourself.")
                 question.error = _caused(told, error)
             finally:
                 self._current = None
@@ -319,6 +323,7 @@ def _leave_a_core() -> None:
     """Let torch use one core less on this thread, and on no other one."""
     import torch
 
+    limit_threads()
     usual = torch.get_num_threads()  # also makes this thread take over the usual number, which it would do later
     if usual < 2:
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import container
 from pipeline.disk import free_disk
 from pipeline.errors import DownloadError, InvalidRequest, OutOfMemory, WeightsError
+from pipeline.failures import is_out_of_memory
 from pipeline.load_lock import loading_alone
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Place:
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             logger.info("The language model cannot be loaded", exc_info=True)
+            if is_out_of_memory(error):  # the files are not to blame
+                raise
             raise WeightsError(
                 f"{shown} cannot be loaded: it is damaged, needs code of its own, or is no causal language model in "
                 "safetensors files. Write the prompt yourself."

@@ -5,6 +5,7 @@ Imports in milliseconds: torch is looked at only if somebody else has loaded it.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import sys
@@ -86,6 +87,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # a file that could not be mapped
     # CPUs, Apple GPUs and some libraries have no class of their own for it.
     signs = ("t allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
+from pipeline.failures import is_out_of_memory
 from pipeline.file_hashes import FileHashes, hash_files, weight_files
 from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
@@ -85,7 +86,11 @@ class ModelFolder:
 
     def share_before(self, name: str) -> float:
         """Share of the folder's bytes that lie in the parts before this one, in the order of `CLASSES`."""
-        sizes = [sum(file.stat().st_size for file in (self._folder / part).glob("*.safetensors")) for part in CLASSES]
+        # A link that leads nowhere counts as nothing: loading says what is wrong with it.
+        sizes = [
+            sum(file.stat().st_size for file in (self._folder / part).glob("*.safetensors") if file.exists())
+            for part in CLASSES
+        ]
         return sum(sizes[: list(CLASSES).index(name)]) / max(1, sum(sizes))
 
     def load(self, name: str, dtype: torch.dtype) -> Any:
@@ -103,6 +108,8 @@ class ModelFolder:
                     self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            if is_out_of_memory(error):  # the files are not to blame
+                raise
             raise WeightsError(
                 f"The {name} of {self.spec.name} cannot be loaded: a file in {self._name}/{name} is missing or "
                 f"damaged, or does not fit its config. {self.mend}"

@@ -98,4 +98,6 @@ def check_exchange(folder: Path, device: str | None, memory: str) -> None:
         device, memory: as `placement_for` has them; nothing is asked for a GPU, or with memory `off`.
     """
     if memory != "off" and chosen_device(device).type == "cpu":
-        check_main_memory(folder, freed=psutil.Process().memory_info().rss)
+        held = psutil.Process().memory_info()
+        # What is shared, mapped files above all, is in part told to be free already.
+        check_main_memory(folder, freed=held.rss - getattr(held, "shared", 0))

@@ -161,7 +161,8 @@ def _write_whole(
     try:
         _ffmpeg(
             ["-f", "mpegts", "-i", "pipe:0", "-map", "0:v:0", "-c", "copy", *options]
-            + ["-movflags", "+faststart", "-f", "mp4", "-y", str(part)],
+            # By itself the beginning of "12:30.mp4" would be a protocol.
+            + ["-movflags", "+faststart", "-f", "mp4", "-y", f"file:{part}"],
             stdin=segments,
         )
         written = count_frames(part)

@@ -225,6 +225,12 @@ def test_mcp_clients_find_and_call_the_tools(mcp_address: str) -> None:
             video = await session.call_tool("generate", {"prompt": "a red ball", "seed": 7, "seconds": 1})
             refused = await session.call_tool("generate", {"prompt": ""})
             assert refused.isError and not options.isError and not video.isError
+            (made,) = set(re.findall(r"http://[^\s\"']+\.mp4", text_of(video)))
+            further = await session.call_tool("generate_from", {"prompt": "a red ball", "start": made, "seconds": 1})
+            assert not further.isError and "finished" in text_of(further), text_of(further)
+            elsewhere = made.replace("/gradio_api/file=", "/other/file=")
+            stranger = await session.call_tool("generate_from", {"prompt": "a red ball", "start": elsewhere})
+            assert stranger.isError and "A file is needed" in text_of(stranger)
             return tools, text_of(options), text_of(video), text_of(refused)
 
     def text_of(result: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -354,6 +355,18 @@ def test_a_click_that_comes_to_nothing_is_dropped_and_a_later_one_is_not() -> No
     assert sessions.busy("a") and sessions.begin("a", second.id) is second and not second.stopped
 
 
+def test_who_comes_back_hears_that_their_run_was_given_up() -> None:
+    """A connection that broke looks like a tab that was closed."""
+    sessions = Sessions()
+    lost = sessions.expect("a")
+    sessions.begin("a", lost.id)
+    sessions.stop("a", abandon=True)
+    sessions.end("a", lost)
+    assert sessions.settle("a", "another") is None
+    assert sessions.settle("a", lost.id) is lost and lost.abandoned and not lost.wanted
+    assert sessions.settle("a", lost.id) is None
+
+
 def test_what_has_said_its_last_word_cannot_be_stopped() -> None:
     sessions = Sessions()
     ticket = sessions.begin("a")
@@ -502,11 +515,17 @@ def test_the_longest_video_is_a_minute_unless_told_otherwise(tmp_path: Path) -> 
         assert Generator(worker, VideoStore(tmp_path)).deadline == 180, "slower than playback is no reason to end"
 
 
-def test_the_program_serves_and_ends_on_request(model: Path) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_program_serves_and_ends_on_request(model: Path, address: str) -> None:
     port = free_port()
+    shown = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    if not socket.has_ipv6 and ":" in address:
+        pytest.skip("this machine has no IPv6")
+    program = [sys.executable, "-c", SCRIPTED_PROGRAM, "--model", str(model), "--port", str(port), "--host", address]
+    proxy = {"http_proxy": "http://127.0.0.1:9", "NO_PROXY": "example.org"}  # behind which this machine is not
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPTED_PROGRAM, "--model", str(model), "--port", str(port), "--auth", "me:secret"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [*program, "--auth", "me:secret"],
+        env={**os.environ, **proxy, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -516,11 +535,11 @@ def test_the_program_serves_and_ends_on_request(model: Path) -> None:
             line = process.stderr.readline()
             assert line, f"it ended: {said}"
             said += line
-        assert f"http://127.0.0.1:{port}" in said and "secret" not in said
-        assert httpx.get(f"http://127.0.0.1:{port}/config").status_code == 401
+        assert shown in said and "secret" not in said
+        assert httpx.get(f"{shown}/config").status_code == 401
 
         taken = subprocess.run(
-            [sys.executable, "-c", SCRIPTED_PROGRAM, "--model", str(model), "--port", str(port)],
+            program,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -534,3 +553,21 @@ def test_the_program_serves_and_ends_on_request(model: Path) -> None:
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
+
+
+def test_what_nobody_foresaw_is_shown_even_while_a_model_is_loading(model: Path) -> None:
+    program = (
+        "import sys, time, app\n"
+        "def serve(*_): raise KeyError('nobody foresaw this')\n"
+        "app.serve = serve\n"
+        "sys.exit(app.main(load=lambda *_: time.sleep(60)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--model", str(model)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert result.returncode == 1 and "nobody foresaw this" in result.stderr

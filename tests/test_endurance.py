@@ -154,6 +154,8 @@ def test_a_crowd_fills_the_queue_and_nothing_else(server: Server) -> None:
     accepted = answers.count(200)
     assert set(answers) == {200, 503} and QUEUE_SIZE <= accepted <= QUEUE_SIZE + 2, "the queue, and what has left it"
     assert len(server.demo._queue) <= QUEUE_SIZE
+    # Who does not want the model has not to wait for those who do.
+    assert server.join(session="another", name="options").status_code == 200
     waits = []
     for _ in range(5):
         begun = time.monotonic()

@@ -75,6 +75,8 @@ PROBES = [
     "http://[::1]:7860/config",
     "http://0x7f000001/",
     "http://169.254.169.254/latest/meta-data/",
+    "https://example.org/",
+    "HTTPS://example.org/",
     quote(str(ROOT / "web" / ".." / "app.py")),
 ]
 OWN_FILES = [
@@ -85,7 +87,7 @@ OWN_FILES = [
 
 @pytest.mark.parametrize("route", ["/file=", "/file/"])
 def test_no_file_of_the_machine_is_read(server: Server, route: str) -> None:
-    assert len(PROBES) == 12
+    assert len(PROBES) == 14
     for probe in PROBES:
         answer = server.http.get(f"{route}{probe}")
         assert answer.status_code == 403, probe
@@ -240,6 +242,7 @@ PUBLIC = r"(0\.0\.0\.0|share link)"
         (["--host", "0.0.0.0"], False, 2, None, rf"{PUBLIC}.*--auth.*--allow-public"),
         (["--share"], False, 2, None, rf"{PUBLIC}.*--auth.*--allow-public"),
         (["--host", "0.0.0.0", "--auth", "me:se:cret"], False, 0, "0.0.0.0", rf"{PUBLIC}.*know the password"),
+        (["--mcp", "--auth", "me:se:cret"], False, 2, None, "No password.*--mcp"),
         (["--share", "--allow-public"], False, 0, "127.0.0.1", rf"{PUBLIC}.*lets other people"),
         ([], True, 0, "0.0.0.0", None),
     ],

@@ -96,6 +96,21 @@ def test_a_picture_is_shown_as_the_model_sees_it(server: Server, files: Path) ->
     assert "starts from" not in forgotten[NOTICE]
 
 
+def test_what_is_in_the_field_counts_when_another_file_was_read_meanwhile(server: Server, files: Path) -> None:
+    def settled(value: Any) -> list:
+        return server.run(value, 7, 16, 1, name="settle", session=session)[-1]
+
+    session = uuid.uuid4().hex
+    bad, video = sent(server, files / "bad.png"), sent(server, files / "a.mp4")
+    shown = server.run(bad, 7, 16, 1, name="choose", session=session)[-1]
+    assert "damaged" in shown[PREVIEW]["value"] and Path(bad["path"]).exists()
+    assert settled(video)[PREVIEW]["value"].count("<img") == 2, "chosen while the other one was read"
+    assert settled(None)[PREVIEW]["value"] == "", "taken out meanwhile"
+    server.run(bad, 7, 16, 1, name="choose", session=session)
+    kept = settled(bad)
+    assert kept[FILE]["value"] is None and "value" not in kept[PREVIEW] and not Path(bad["path"]).exists()
+
+
 def test_the_preview_is_the_frame_itself(files: Path) -> None:
     start = read_start(files / "a.png", SPEC)
     (data,) = re.findall(r'base64,([^"]+)"', start_panel.preview(start, SPEC))
@@ -130,10 +145,11 @@ def test_a_video_is_made_from_what_was_sent(server: Server, files: Path) -> None
 def test_a_bad_file_is_refused_before_the_queue_and_not_kept(
     server: Server, files: Path, name: str, words: str
 ) -> None:
-    value = sent(server, files / name)
-    shown = chosen(server, value)
+    value, session = sent(server, files / name), uuid.uuid4().hex
+    shown = server.run(value, 7, 16, 1, name="choose", session=session)[-1]
     assert words in shown[PREVIEW]["value"] and 'role="alert"' in shown[PREVIEW]["value"]
-    assert shown[FILE]["value"] is None and shown[PANEL]["label"] == start_panel.TITLE
+    assert shown[PANEL]["label"] == start_panel.TITLE
+    assert server.run(value, 7, 16, 1, name="settle", session=session)[-1][FILE]["value"] is None
     assert not Path(value["path"]).exists()
     with pytest.raises(Refused, match=words):
         server.run(*GOOD, sent(server, files / name), name="_begin")

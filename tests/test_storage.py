@@ -37,10 +37,17 @@ def make_old(path: Path, age: float) -> None:
 
 
 def test_a_visitors_newest_videos_are_kept(store: VideoStore) -> None:
-    folders = [add_video(store, "a") for _ in range(KEPT_PER_VISITOR + 2)]
-    other = add_video(store, "b")
+    folders = [add_video(store, "a", on_page=True) for _ in range(KEPT_PER_VISITOR + 2)]
+    other = add_video(store, "b", on_page=True)
     assert [folder.exists() for folder in folders] == [False, False] + [True] * KEPT_PER_VISITOR
     assert other.exists()
+
+
+def test_programs_take_no_room_from_each_other(store: VideoStore) -> None:
+    """All MCP clients are one session."""
+    folders = [add_video(store, "mcp") for _ in range(2 * KEPT_PER_VISITOR)]
+    store.sweep()
+    assert all(folder.exists() for folder in folders)
 
 
 def test_videos_take_no_room_from_comparisons(store: VideoStore) -> None:

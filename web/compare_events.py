@@ -82,6 +82,8 @@ class _CompareEvents:
         video, both, timer = self._page.waiting(session)
         if ended is not None and ended.wanted and both == gr.skip():
             both = ""  # it is over without a word, so there is nothing that it could be waiting for
+        if ended is not None and ended.abandoned and both == gr.skip():
+            both = status.connection_lost()
         return video, both, timer, *_both(running=self._page.generator.sessions.busy(session))
 
     def _pair(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, start) -> Pair:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,8 @@ class DownloadState:
     resumable: bool = True
     """After an error: whether another download goes on from what has come."""
     stopped: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What there is to say besides, such as files whose hash nobody has published."""
 
 
 class Downloads:
@@ -132,5 +134,7 @@ class Downloads:
             if event["seconds_left"]:
                 line += f" · {duration(event['seconds_left'])} left"
             state.line = line
+        elif event.get("event") == "note":
+            state.notes.append(event["text"])
         elif event.get("event") == "error" and not state.stopped:
             state.error, state.resumable = event["message"], bool(event.get("resumable"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import gradio as gr
 from gradio.blocks import Block
@@ -52,15 +53,26 @@ def refusal(error: SelfForcingError) -> gr.Error:
     return gr.Error(str(error), title=title, print_exception=False)
 
 
+def _behind(address: object, home: Path) -> str | None:
+    """The file below `home` that an address of this server leads to; None for anything else."""
+    if not isinstance(address, str) or not address.startswith(("http://", "https://")):
+        return None
+    _, found, name = urlsplit(address).path.partition("/gradio_api/file=")
+    file = Path(unquote(name)).resolve()
+    return str(file) if found and file.is_relative_to(home.resolve()) else None
+
+
 def take_files_only(component: Block) -> None:
     """Let nobody send anything but an uploaded file as the value of `component`.
 
     Not a folder: Gradio notes down every path below its temporary folder that comes in, to remove it later, and stops
-    removing anything when that turns out to be a folder. And no address: Gradio would fetch whatever it leads to.
+    removing anything when that turns out to be a folder. And no address, for Gradio would fetch whatever it leads to;
+    but MCP clients have nothing else, and one of a file that this server hands out stands for that file.
     """
     take = component.async_move_resource_to_block_cache
 
     async def take_file(path: str | Path | None) -> str | None:
+        path = _behind(path, Path(component.GRADIO_CACHE)) or path
         if path is not None and not Path(path).is_file():
             raise gr.Error(
                 "A file is needed here. If you sent one, it is gone by now: choose it again.", print_exception=False

@@ -199,6 +199,8 @@ class ModelMenu:
         if download is not None and download.error and download.model_id == name:
             again = f" Press “{self._get_label(name)}” below." if download.resumable else ""
             lines.append(f'<p class="sf-wrong">{escape(download.error + again)}</p>')
+        if download is not None and download.model_id == name:
+            lines += [f"<p>{escape(note)}</p>" for note in download.notes]
         if name != self._current:
             lines.append(f"<p>{escape(model.note)} {self._state_in_words(name)}</p>")
         frame = model.spec

@@ -32,7 +32,8 @@ from web.generation import DEFAULT_MAX_SECONDS, Generator
 from web.layout import Layout
 from web.model_events import wire_models
 from web.models import ModelChoices, ModelMenu
-from web.sessions import Expected, Kind, Place, Ticket, files_in_queue, sessions_ahead
+from web.no_relay import NoRelay
+from web.sessions import Expected, Kind, Place, Ticket, files_in_queue, limit_queue, sessions_ahead
 from web.start_events import wire_start
 from web.starts import Starts
 from web.storage import VIDEOS, VideoStore, remove_upload, sweep_uploads
@@ -128,7 +129,8 @@ class Page:
         for component in self.blocks.blocks.values():
             take_files_only(component)
         # Closed: the plain routes would lead past the queue.
-        self.blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)
+        self.blocks.queue(default_concurrency_limit=1, api_open=False)
+        limit_queue(self.blocks, MODEL_QUEUE, QUEUE_SIZE)
         self.fit_to_model()
         # What every start of this page needs, so that `build_app(...).launch()` is the same page as `python app.py`.
         self.blocks.launch = functools.partial(
@@ -136,7 +138,7 @@ class Page:
             theme=style.theme(),
             css=style.css(),
             js=style.script(),
-            app_kwargs={"middleware": [Middleware(BodyLimit)], "lifespan": self._looked_after},
+            app_kwargs={"middleware": [Middleware(NoRelay), Middleware(BodyLimit)], "lifespan": self._looked_after},
             **LAUNCH_DEFAULTS,
         )
 
@@ -277,6 +279,8 @@ class Page:
         card, both, timer = self.waiting(session)
         if ended is not None and ended.wanted and card == gr.skip():
             card = status.not_made()  # it is over without a word, and would stand there as if it were still to come
+        if ended is not None and ended.abandoned and card == gr.skip():
+            card = status.connection_lost()
         download = gr.update(interactive=ended is not None and ended.has_file)
         return download, card, both, timer, *run_buttons(running=self.generator.sessions.busy(session))
 

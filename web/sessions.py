@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import gradio as gr
 from gradio.queueing import Event
@@ -101,6 +101,8 @@ class Sessions:
         self._active: defaultdict[str, list[Ticket]] = defaultdict(list)
         self._unheard: defaultdict[str, deque[Ticket]] = defaultdict(deque)
         """Announced runs that ended here, of which the visitor's page has not heard yet."""
+        self._given_up: OrderedDict[str, Ticket] = OrderedDict()
+        """Those of visitors who seemed to have left, by their ids. Some come back: only a connection had broken."""
 
     def expect(self, session: str, expected: Expected = lambda: None, kind: Kind = "video") -> Ticket:
         """Note that the visitor's next run is on its way."""
@@ -153,12 +155,17 @@ class Sessions:
                 del self._active[session]
             if ticket.announced and not ticket.abandoned:
                 self._unheard[session].append(ticket)
+            elif ticket.announced:
+                self._given_up[ticket.id] = ticket
+                while len(self._given_up) > MAX_EXPECTED:
+                    self._given_up.popitem(last=False)
 
     def settle(self, session: str, ticket_id: str | None) -> Ticket | None:
         """The visitor's page says that a click has come to its end. Returns the ticket of the run that did.
 
         If no run ended, this click's never began: it was refused when its turn came, or the queue was full, or the
-        connection gone, after it was noted. Then its ticket is dropped and returned. None: nobody knows the click.
+        connection gone, after it was noted. Then its ticket is dropped and returned. That of a run given up because its
+        visitor seemed to have left is `abandoned`. None: nobody knows the click.
         """
         with self._lock:
             if unheard := self._unheard.get(session):
@@ -168,7 +175,7 @@ class Sessions:
                 return ticket
             if self._waiting.get(ticket_id or "", ("", None))[0] == session:
                 return self._waiting.pop(ticket_id or "")[1]
-            return None
+            return self._given_up.pop(ticket_id or "", None)  # nobody else knows the id
 
     def busy(self, session: str) -> bool:
         """Whether the visitor has a run that waits or goes on and was not stopped."""
@@ -208,6 +215,24 @@ def sessions_ahead(blocks: gr.Blocks, concurrency_id: str, session: str, *, queu
         newest = len(in_line) - 1 - in_line[::-1].index(session)
         in_line = in_line[:newest]
     return [*(event.session_hash for event in running), *(other for other in in_line if other != session)]
+
+
+def limit_queue(blocks: gr.Blocks, concurrency_id: str, most: int) -> None:
+    """Refuse runs as Gradio does when a queue is full, but only where `most` runs of this kind wait.
+
+    Gradio's own limit counts and refuses everything that is queued: while runs wait, nobody could choose a file, ask
+    for a suggestion, or stop.
+    """
+    queue = blocks._queue
+    push = queue.push
+
+    async def push_if_there_is_room(body: Any, request: Any, username: str | None) -> Any:
+        fn = blocks.fns.get(body.fn_index)
+        if fn is not None and fn.concurrency_id == concurrency_id and len(_queued(blocks, concurrency_id)[1]) >= most:
+            return False, f"Queue is full. Max size is {most} and size is {most}.", "queue_full"
+        return await push(body, request, username)
+
+    queue.push = push_if_there_is_room  # type: ignore[method-assign]
 
 
 def files_in_queue(blocks: gr.Blocks, concurrency_id: str) -> list[str]:

@@ -21,6 +21,8 @@ READERS = 2
 """Files that are read at the same time, whoever asks: decoding takes the cores from the model."""
 WAIT_SECONDS = 30.0
 """Longest wait for others' files to be read."""
+MAX_WAITING = 6
+"""Files that wait. Each of them has one of Gradio's threads, without which no video goes on."""
 KEPT_BYTES = 2_000_000_000
 """What frames that stay in memory may take: those of a whole queue. A file is read for its preview, when Generate is
 pressed, and when its turn comes; the last time the model waits, so it should be the first that reads."""
@@ -40,12 +42,13 @@ class Starts:
         self._home = home
         self._max_bytes = max_bytes
         self._readers = threading.BoundedSemaphore(READERS)
+        self._places = threading.BoundedSemaphore(READERS + MAX_WAITING)
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, Start] = OrderedDict()
         self._in_flight: dict[_Key, Future[Start]] = {}
 
-    def read(self, path: str | None, model: AdaptedPipeline) -> Start | None:
-        """What a video starts from, cut for this model; None without a file. A bad upload is removed.
+    def read(self, path: str | None, model: AdaptedPipeline, *, remove: bool = True) -> Start | None:
+        """What a video starts from, cut for this model; None without a file. A bad upload is removed if so asked.
 
         Raises:
             InvalidRequest: with a sentence for the visitor.
@@ -62,7 +65,8 @@ class Starts:
             self._touch(path)
             return self._read_once((path, model.spec))
         except InvalidRequest:
-            remove_upload(self._home, path)
+            if remove:
+                remove_upload(self._home, path)
             raise
         except OSError as error:
             raise InvalidRequest("The file to start from is gone. Choose it again.") from error
@@ -126,9 +130,15 @@ class Starts:
         reading.set_result(start)
 
     def _read_in_turn(self, path: str, spec: ModelSpec) -> Start:
-        if not self._readers.acquire(timeout=WAIT_SECONDS):
-            raise SelfForcingError("Too many files are being read at this moment. Try again in a minute.")
+        busy = SelfForcingError("Too many files are being read at this moment. Try again in a minute.")
+        if not self._places.acquire(blocking=False):
+            raise busy
         try:
-            return read_start(path, spec)
+            if not self._readers.acquire(timeout=WAIT_SECONDS):
+                raise busy
+            try:
+                return read_start(path, spec)
+            finally:
+                self._readers.release()
         finally:
-            self._readers.release()
+            self._places.release()

@@ -64,6 +64,10 @@ def not_made() -> str:
     return card("failed", "Not made", "Nothing came of it. Generate asks for it once more.")
 
 
+def connection_lost() -> str:
+    return card("failed", "Given up", "Your connection was lost for a while, so nothing more was made.")
+
+
 def failed(message: str, meter: RunMeter | None = None) -> str:
     return card("failed", "Failed", message, meter=meter)
 

@@ -23,10 +23,10 @@ from web.sessions import Kind
 
 MAX_AGE_SECONDS = 30 * 60
 MAX_BYTES = 2_000_000_000
-GRACE_SECONDS = 2 * 60
-"""How long the videos of a visitor who has left are kept: a phone that is locked for a moment leaves, too."""
+GRACE_SECONDS = 20 * 60
+"""How long the videos of a visitor who has left are kept: a phone that is locked, a laptop that sleeps leave, too."""
 KEPT_PER_VISITOR = 3
-"""Videos, and as many comparisons."""
+"""Videos, and as many comparisons, of a page. What programs made goes by age: all MCP clients are one visitor."""
 UPLOAD_BYTES = 200_000_000
 """What all uploads together may take. They are read at once; Gradio keeps them, and the rests of broken off ones."""
 
@@ -73,7 +73,7 @@ class VideoStore:
         self._folders: defaultdict[_Shelf, list[Path]] = defaultdict(list)
 
     def new_folder(self, session: str, kind: Kind = "video", *, on_page: bool = False) -> Path:
-        """An empty folder for this visitor's next video or comparison. The oldest of theirs makes room for it.
+        """An empty folder for this visitor's next video or comparison. On a page, the oldest of theirs makes room.
 
         Args:
             session: Whose it is.
@@ -88,8 +88,8 @@ class VideoStore:
         with self._lock:
             folders = self._folders[_Shelf(session, kind, on_page)]
             folders.append(folder)
-            superseded = folders[:-KEPT_PER_VISITOR]
-            del folders[:-KEPT_PER_VISITOR]
+            superseded = folders[:-KEPT_PER_VISITOR] if on_page else []
+            del folders[: len(superseded)]
         for old in superseded:
             shutil.rmtree(old, ignore_errors=True)
         return folder

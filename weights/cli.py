@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from weights.hub import KEPT, Resumable
 from weights.install import download, verify
 from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, Part, load_manifest
 from weights.progress import Listener, Progress, about, gigabytes
-from weights.store import Store
+from weights.store import Store, StoreInUse
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -163,7 +164,8 @@ def download_model(options: argparse.Namespace) -> None:
     with _shown(options.json) as listener:
         told: list[str] = []
         folder = download(model, store, listener, told.append)
-        with store.locked():  # a text encoder that was exchanged
+        # A text encoder that was exchanged. Who has the store now drops it in turn, or the next download does.
+        with suppress(StoreInUse), store.locked():
             store.drop(manifest.parts.values(), [model, *_others(model, manifest, store)])
     for line in told:
         _print({"event": "note", "text": line}) if options.json else say(line)

@@ -48,6 +48,10 @@ class DamagedState(Resumable, WeightsError):
     """Nobody can tell any more what was downloaded."""
 
 
+class StoreInUse(DownloadError):
+    """Somebody else changes the store."""
+
+
 class Store:
     """The downloads below one folder."""
 
@@ -213,7 +217,7 @@ class Store:
             self.home.mkdir(parents=True, exist_ok=True)
             lock = self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise DownloadError(
+            raise StoreInUse(
                 "Another download or removal is under way in this folder. Wait for its end, then try again."
             ) from error
         except OSError as error:
