@@ -105,7 +105,11 @@ class ModelFolder:
         try:
             with loading_alone():
                 model, report = CLASSES[name][1].from_pretrained(
-                    self._folder / name, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+                    self._folder / name,
+                    torch_dtype=dtype,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             if is_out_of_memory(error):  # the files are not to blame

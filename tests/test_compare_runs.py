@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
-from pipeline.compare import Comparison, Pair, Side, compare, psnr, read_switches, squared_errors
+from pipeline.compare import Comparison, Pair, Side, _preparation, compare, psnr, read_switches, squared_errors
 from pipeline.compare_cli import main
 from pipeline.config import GenerationRequest
 from pipeline.errors import Cancelled, InvalidRequest, OptionUnavailable, SelfForcingError, VideoError
@@ -89,6 +89,12 @@ def test_both_runs_have_everything_else_in_common_and_are_prepared() -> None:
     assert (a.prompt, a.seconds, a.fps, a.fp8) == (b.prompt, b.seconds, b.fps, b.fp8) == ("a red ball", 3, 12, True)
     assert [run for run, _ in pipeline.made] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert len(pipeline.threads) == 1
+
+
+def test_preparation_may_be_shorter_than_any_video_that_can_be_asked_for() -> None:
+    """Two blocks of a frame-wise model, at a high rate."""
+    request = GenerationRequest(prompt="a ball", seconds=5, fps=60)
+    assert _preparation(request, replace(SPEC, frames_per_block=1)).seconds == 0.1
 
 
 def test_preparation_is_no_part_of_what_is_measured() -> None:

@@ -342,7 +342,7 @@ def test_thirty_runs_in_one_tab_keep_one_stream_three_files_and_no_memory(server
     sizes = []
     with tab(server, session):
         for number in range(40):
-            server.generate(seed=number, seconds=0.5, session=session)
+            server.click("a red ball", number, 16, 0.5, False, False, False, session=session)
             streams = server.demo.pending_streams[session]
             assert len(streams) == 1
             assert len([run for run in streams.values() if all(stream.ended for stream in run.values())]) <= 1

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
@@ -903,3 +904,40 @@ def test_a_thread_that_is_shot_in_the_middle_of_a_step_survives(mortal, death) -
     pipeline.step_seconds = 0
     assert len(list(worker.submit(SHORT))) == 3
     assert pipeline.threads == {thread}
+
+
+# ---- files that are not to blame
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(errno.ENOMEM, "Cannot allocate memory")],
+)
+def test_too_little_memory_while_loading_is_not_blamed_on_the_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("diffusers.AutoencoderKLWan.from_pretrained", load)
+    worker = ModelWorker(lambda: SelfForcingPipeline.from_pretrained(folder, "cpu"))
+    with worker, pytest.raises(OutOfMemory, match="while the model was loaded"):
+        worker.wait_ready()
+
+
+def test_a_pickle_in_place_of_weights_is_not_loaded(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(WeightsError, match="The vae of .* cannot be loaded"):
+        SelfForcingPipeline.from_pretrained(folder, "cpu")
+
+
+def test_a_link_to_weights_that_are_gone_is_named(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(WeightsError, match="The vae of .* cannot be loaded: a file in .*/vae is missing"):
+        SelfForcingPipeline.from_pretrained(folder, "cpu")

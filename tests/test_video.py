@@ -110,6 +110,15 @@ def test_any_size_can_be_encoded(tmp_path: Path, height: int, width: int) -> Non
     assert [read_code(picture) for picture in read_media(tmp_path / "out.mp4").frames] == list(range(9))
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", "./a-b:c.mp4", "-y.mp4"])
+def test_names_that_look_like_something_else_are_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoded().write_mp4(name)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(name).name]
+
+
 def test_the_file_starts_with_its_index_so_that_it_plays_while_downloading(tmp_path: Path) -> None:
     encoded().write_mp4(tmp_path / "out.mp4")
     data = (tmp_path / "out.mp4").read_bytes()

@@ -74,7 +74,7 @@ def load_network(
     folder = transformer_folder(settings.init)
     try:
         network, report = CausalWanTransformer3DModel.from_pretrained(
-            folder, torch_dtype=dtype, output_loading_info=True
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"The transformer in {folder} is damaged or of another kind: {error}.") from error
@@ -142,7 +142,7 @@ def load_text_encoder(settings: TextSettings, device: torch.device | str = "cpu"
         if not (folder / part).is_dir():
             raise WeightsError(f"{folder} holds no text encoder: it has no folder {part}/.")
     try:
-        model = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"The text encoder in {folder} is damaged: {error}.") from error
@@ -156,7 +156,7 @@ def load_vae(folder: str, device: torch.device | str = "cpu") -> AutoencoderKLWa
         WeightsError: the folder holds none.
     """
     try:
-        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{folder} holds no Wan VAE: {error}.") from error
     return vae.eval().requires_grad_(False).to(device)
