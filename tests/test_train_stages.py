@@ -19,11 +19,11 @@ from training import export
 from training.__main__ import main
 from training.clips import ClipSampler
 from training.draws import Draws
-from training.flow import CausalStage
+from training.flow import CausalStage, emphasised
 from training.loop import steps_in_all, train
-from training.network import WEIGHTS_FILE
+from training.network import WEIGHTS_FILE, build_network
 from training.parallel import processes
-from training.settings import ClipSettings
+from training.settings import ClipSettings, NetworkSizes
 from training.settings_file import as_plain, load_settings
 from training.stage_settings import CausalSettings
 from training.stages import STAGES, run_stage
@@ -145,6 +145,18 @@ def test_command_line_chain_ends_in_a_model_that_streams(
     assert "holds no finished stage that rolls out clips" in capsys.readouterr().err
 
 
+def test_weights_can_be_the_mean_of_two_runs() -> None:
+    one, other = (build_network(NetworkSizes(**SIZES), seed) for seed in (0, 1))
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    export.blend(one, other, 0.25)
+    for name, value in one.state_dict().items():
+        assert torch.allclose(value, 0.75 * before[name] + 0.25 * other.state_dict()[name], atol=1e-6)
+    assert not torch.equal(one.state_dict()["patch_embedding.weight"], before["patch_embedding.weight"])
+    wider = build_network(NetworkSizes(**{**SIZES, "ffn_dim": 2 * SIZES["ffn_dim"]}))
+    with pytest.raises(WeightsError, match="different sizes"):
+        export.blend(one, wider, 0.5)
+
+
 def test_a_stage_stops_when_its_time_is_over_and_goes_on(world: Path, tmp_path: Path) -> None:
     changes = {"run__steps": 4, "run__minutes": 1e-6}
     assert run_stage("teacher", stage_settings("teacher", world, tmp_path, **changes)) == 1
@@ -249,6 +261,13 @@ def test_levels_of_forcing(world: Path, tmp_path: Path) -> None:
     assert torch.equal((level[:, 8] * 40).floor().sort().values, torch.arange(40.0))
     blocks = level.unflatten(1, (3, 3))
     assert torch.equal(blocks, blocks[:, :, :1].expand(-1, -1, 3))
+
+
+def test_a_subject_counts_more_first_at_every_noise_level_and_later_where_it_is_seen() -> None:
+    level = torch.tensor([0.0, 0.25, 1.0])
+    assert emphasised(level, 0.0).tolist() == [1, 1, 1]
+    assert torch.allclose(emphasised(level, 0.45), torch.tensor([1.0, 0.75, 0.5]))
+    assert emphasised(level, 1.0).tolist() == [1, 0.75, 0]
 
 
 def test_late_windows_are_what_a_rollout_sees(world: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from training.text import EOS, PAD, UNK, CaptionSampler, build_tokenizer, save_t
 from training.tracking import read_motion
 from training.weather import WEATHERS, add_weather
 from training.world import (
+    _PACE,
     _ROLL,
     ATTRIBUTES,
     GRID,
@@ -114,28 +115,50 @@ def test_most_subjects_begin_well_inside() -> None:
 @pytest.mark.parametrize("subject", SUBJECTS)
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_a_subject_has_few_appearances(motion: str, subject: str) -> None:
-    """It stands on the grid, moves one step of it a latent, and turns, hops and hovers in whole latents."""
-    period = 8 * CYCLE
-    for seed in range(8):
-        _, _, track = render(clip_of(subject, motion=motion), seed, 97, 16, 28)
-        places = np.stack([track.x, track.y])[:, ::period] / GRID - 0.5
+    """It stands on the grid, moves one step of it a latent, and its place tells how it is turned and how high it is."""
+    sign = {"right": 1, "down": 1, "left": -1, "up": -1}.get(motion)
+    sideways = motion in ("right", "left")
+    appearances = set()
+    for seed in range(12):
+        track = render(clip_of(subject, motion=motion), seed, 97, 16, 28)[2]
+        along = track.x if sideways else track.y
+        places = along[:: 4 * CYCLE] / GRID - 0.5
         assert np.allclose(places, np.round(places), atol=1e-3)
-        assert np.allclose(track.turn[period:], track.turn[:-period], atol=1e-5)
-        along, across = (track.x, track.y) if motion in ("right", "left") else (track.y, track.x)
-        assert np.allclose(across[period:], across[:-period], atol=1e-5)
         steps = np.diff(along[::CYCLE]) / GRID
-        sign = {"right": 1, "down": 1, "left": -1, "up": -1}.get(motion)
         if sign is not None:
             assert np.allclose(steps[np.abs(steps) < 2], sign, atol=1e-3)
+        for t in range(0, 97, CYCLE):
+            place = round(float(along[t]) / GRID - 0.5) % 4 if sign else t // CYCLE % 4
+            height = 0.0 if motion in ("up", "down") else track.y[t]
+            stripe = np.cos(2 * track.roll[t] + 0.1) if subject == "ball" else 0.0
+            appearances.add((place, *(round(float(value), 3) + 0.0 for value in (height, track.turn[t], stripe))))
+    assert len(appearances) == (8 if subject == "ball" and sideways else 4)
 
 
-def test_a_rolling_ball_looks_the_same_after_eight_latents() -> None:
+def test_what_goes_up_down_or_nowhere_stands_in_one_of_a_few_columns() -> None:
+    columns = {
+        float(render(clip_of(motion=motion), seed, 5, 16, 28)[2].x[0]) / GRID - 0.5
+        for motion in ("up", "down", "still")
+        for seed in range(40)
+    }
+    assert len(columns) == 4 and all(column % 4 == 0 for column in columns)
+
+
+def test_a_rolling_ball_looks_the_same_after_two_paces() -> None:
     u, v = np.meshgrid(np.linspace(-1.1, 1.1, 40), np.linspace(-1.1, 1.1, 40))
     looks = [
         draw_sprite(
-            "ball", "red", "day", u, v, softness=0.05, turn=np.array(turn * _ROLL), phase=np.zeros(1), moves=True
+            "ball",
+            "red",
+            "day",
+            u,
+            v,
+            softness=0.05,
+            turn=np.array(_ROLL * _PACE * paces),
+            phase=np.zeros(1),
+            moves=True,
         ).rgb
-        for turn in (0, 4 * CYCLE, 8 * CYCLE)
+        for paces in (0, 1, 2)
     ]
     assert np.allclose(looks[0], looks[2], atol=1e-4) and not np.allclose(looks[0], looks[1], atol=0.1)
 

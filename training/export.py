@@ -10,11 +10,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers import UMT5EncoderModel
 
 from pipeline.config import ModelSpec
 from pipeline.errors import WeightsError
 from pipeline.folder import INDEX_FILE, index_entries
+from pipeline.transformer import CausalWanTransformer3DModel
 from training import console, enhancing
 from training.checkpoints import SETTINGS_FILE
 from training.data import ClipDataset
@@ -59,19 +61,39 @@ def read_run(run: Path) -> tuple[RolloutSettings, int]:
         raise WeightsError(f"{run} holds no finished stage that rolls out clips: dmd, sid, gan or ode.") from error
 
 
-def export(run: Path, data: Path, out: Path) -> None:
+def blend(network: CausalWanTransformer3DModel, other: CausalWanTransformer3DModel, share: float) -> None:
+    """Move a network's weights towards those of another, 0..1 of the way.
+
+    Two that were trained on from one network can be better together than either: what one does well, the mean mostly
+    does, too (Wortsman et al. 2022, arXiv 2203.05482).
+
+    Raises:
+        WeightsError: they are of different sizes.
+    """
+    theirs = other.state_dict()
+    if {name: value.shape for name, value in network.state_dict().items()} != {n: v.shape for n, v in theirs.items()}:
+        raise WeightsError("The two runs are of networks of different sizes, which have no mean.")
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            value.lerp_(theirs[name], share)
+
+
+def export(run: Path, data: Path, out: Path, other: Path | None = None, share: float = 0.5) -> None:
     """Write the folder beside its place and move it there whole.
 
     Args:
         run: folder of a finished stage that rolls out clips; its weights are taken, in half precision.
         data: the data set's folder, with text/, vae/ and taehv/ in it.
         out: the model folder; replaced if it exists, but for the files this stage does not write (its model card).
+        other, share: another run's folder, and how far towards its weights to go.
 
     Raises:
         WeightsError: `run` is no finished stage with a rollout, or was trained on clips of another size.
     """
     rollout, text_len = read_run(run)
     network = load_network(NetworkSettings(init=str(run)))
+    if other is not None:
+        blend(network, load_network(NetworkSettings(init=str(other))), share)
     info = ClipDataset(data).info
     size = SPATIAL_STRIDE * rollout.height, SPATIAL_STRIDE * rollout.width
     if size != (info.height, info.width):
@@ -107,8 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, default=Path("training/cache/dmd"))
     parser.add_argument("--data", type=Path, default=Path("training/cache"))
     parser.add_argument("--out", type=Path, default=Path("weights/embedded"))
+    parser.add_argument("--blend", type=Path, metavar="RUN", help="take the mean with another run's weights")
+    parser.add_argument("--share", type=float, default=0.5, help="of that other run, 0 to 1 (default: 0.5)")
     options = parser.parse_args(argv)
-    return console.run(lambda: export(options.run, options.data, options.out))
+    return console.run(lambda: export(options.run, options.data, options.out, options.blend, options.share))
 
 
 if __name__ == "__main__":

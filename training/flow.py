@@ -29,6 +29,15 @@ from training.stage_settings import CausalSettings, FlowSettings, TeacherSetting
 SHEET_STEPS = 20
 
 
+def emphasised(level: Tensor, progress: float) -> Tensor:
+    """Share 0..1 of a subject's extra weight at noise levels 0..1, at this share of the steps.
+
+    The subject counts most at the beginning. Later only where it can be seen: weighted where noise hides its place, it
+    would be expected everywhere.
+    """
+    return torch.clamp(1 - level, min=max(0.0, 1 - progress / 0.9))
+
+
 class FlowStage(Stage[FlowSettings]):
     """Teacher and causal students alike: they differ in mask and noise levels."""
 
@@ -101,7 +110,7 @@ class FlowStage(Stage[FlowSettings]):
             flow = self._teacher_forced(clean, noisy, times, text, draws)
         else:
             flow = self.score.flow(noisy, times, text)
-        emphasis = settings.subject_weight * max(0.0, 1 - progress / 0.9)
+        emphasis = settings.subject_weight * emphasised(level.to(clean), progress)[..., None, None]
         near_subject = F.max_pool2d((clips.subject.to(device) > 0.04).to(clean), 3, stride=1, padding=1)
         weight = learnt.to(clean)[..., None, None] * (1 + emphasis * near_subject)  # [B, F, h, w]
         return flow_loss(flow, clean, noise, weight.unsqueeze(2).expand_as(clean))

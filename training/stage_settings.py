@@ -45,7 +45,7 @@ class FlowSettings(StageSettings):
     context_level: float = 0.0
     """Teacher forcing: highest noise level (0..1) of the clean half."""
     subject_weight: float = 0.0
-    """Extra loss weight near the subject, where the data set knows it; gone at 90 % of the stage."""
+    """Extra loss weight near the subject, where the data set knows it; later only as far as noise leaves it visible."""
 
     def __post_init__(self) -> None:
         causal = self.attention == "causal"

@@ -32,10 +32,12 @@ IN_SPACE = {"time": "night", "weather": "clear"}
 """Space has no time of day and no weather: these stand for it there, and captions say nothing of them."""
 
 GRID = 1 / 16
-"""Subjects stand at half steps of a grid this wide, and what moves goes one step in the frames of a latent.
+"""Subjects stand at half steps of a grid this wide, and what moves goes one step in the frames of a latent."""
+_PACE = 4 * GRID
+"""What rocks, hops or sways does so once a pace: its place tells how it is turned.
 
-Turns, hops and hovers begin with the clip and come back after eight latents at most. So a subject, which has one size
-and one speed, has a few dozen appearances, few enough for a small network to learn by heart.
+A pace is four latents long. So a subject, which has one size and one speed, has four appearances for each way of
+moving (a rolling ball eight), few enough for a small network to learn by heart.
 """
 _RADIUS = 4 * GRID
 _MARGIN = 4.5 * GRID
@@ -43,18 +45,17 @@ _MARGIN = 4.5 * GRID
 _SPEED = GRID / CYCLE
 _STARTS_INSIDE, _INSIDE_FRAMES = 0.75, 24
 """Share of the clips in which the subject begins well inside the frame, and how long it stays there at least."""
-_ROLL = np.pi / 32
-"""Radians by which a ball's stripe turns in a frame: half a turn, after which it looks the same, in eight latents.
+_ROLL = 0.5 * np.pi / _PACE
+"""Radians by which a ball's stripe turns on its way: half a turn, after which it looks the same, in two paces.
 
 That is a third more than rolling without slipping, the nearest that comes back so soon."""
-_HOP, _HOP_FRAMES = 0.15, 16
-_HOVER, _HOVER_FRAMES = 0.008, 32
-"""How high a ball hops and what rests in the air sways, and how long once takes."""
-_ROCK, _ROCK_FRAMES = {"boat": 0.10, "balloon": 0.07, "star": 0.16}, 32
-"""How far a subject rocks, in radians, and how long once takes."""
+_HOP, _HOVER = 0.15, 0.008
+"""How high a ball hops, and how far what rests in the air sways."""
+_ROCK = {"boat": 0.08, "balloon": 0.05, "star": 0.12}
+"""How far a subject rocks, in radians."""
 _ON_GROUND = {"car": 11.5 * GRID, "ball": 10.5 * GRID, "boat": 11.5 * GRID}
-_IN_THE_AIR = (6.5 * GRID, 7.5 * GRID)
-"""Heights at which subjects rest or go sideways: those of the ground at one, the others at one of two."""
+_IN_THE_AIR = 6.5 * GRID
+"""Heights at which subjects rest or go sideways."""
 _FACING = ("car", "boat", "bird")
 _HEADING = {"right": 0.5 * np.pi, "left": -0.5 * np.pi, "up": 0.0, "down": np.pi, "still": 0.0}
 """Where a rocket points, from upright, clockwise."""
@@ -91,12 +92,13 @@ class ClipParams:
 class Track(NamedTuple):
     """Where the subject's centre is: `x`, `y` [T] in frame heights, possibly outside the frame.
 
-    `turn` [T] is the angle by which all of it is turned, clockwise.
+    `turn` [T] is the angle by which all of it is turned, clockwise, `roll` [T] that of a ball's stripe.
     """
 
     x: Array
     y: Array
     turn: Array
+    roll: Array
 
 
 def all_params() -> list[ClipParams]:
@@ -140,10 +142,10 @@ def sample_params(rng: np.random.Generator, split: Literal["train", "held_out", 
             return params
 
 
-def _place(rng: np.random.Generator, low: float, high: float) -> float:
-    """A random half step of the grid in low..high."""
-    first, last = math.ceil(low / GRID - 0.5), math.floor(high / GRID - 0.5)
-    return (int(rng.integers(first, last + 1)) + 0.5) * GRID
+def _place(rng: np.random.Generator, low: float, high: float, step: float = GRID) -> float:
+    """A random place in low..high, whole steps from the grid's first half step."""
+    first, last = math.ceil((low - 0.5 * GRID) / step), math.floor((high - 0.5 * GRID) / step)
+    return int(rng.integers(first, last + 1)) * step + 0.5 * GRID
 
 
 def _axis(rng: np.random.Generator, length: float, direction: int, steps: Array) -> Array:
@@ -159,21 +161,25 @@ def _axis(rng: np.random.Generator, length: float, direction: int, steps: Array)
 
 def _track(params: ClipParams, rng: np.random.Generator, num_frames: int, aspect: float) -> Track:
     steps = np.arange(num_frames, dtype=np.float32)
-    in_the_air = _IN_THE_AIR[int(rng.integers(len(_IN_THE_AIR)))]
-    x = np.full(num_frames, _place(rng, 0.4, aspect - 0.4), np.float32)
-    y = np.full(num_frames, _ON_GROUND.get(params.subject, in_the_air), np.float32)
+    x = np.full(num_frames, _place(rng, 0.4, aspect - 0.4, _PACE), np.float32)
+    y = np.full(num_frames, _ON_GROUND.get(params.subject, _IN_THE_AIR), np.float32)
+    roll = np.full(num_frames, 0.6, np.float32)
     if params.motion in ("right", "left"):
         x = _axis(rng, aspect, 1 if params.motion == "right" else -1, steps)
+        paces, roll = x / _PACE, roll + _ROLL * x
         if params.subject == "ball":
-            y = y - _HOP * np.abs(np.sin(np.pi * steps / _HOP_FRAMES))
+            y = y - _HOP * np.abs(np.sin(np.pi * paces))
     elif params.motion in ("up", "down"):
         y = _axis(rng, 1.0, 1 if params.motion == "down" else -1, steps)
-    elif params.subject not in _ON_GROUND:
-        y = y + _HOVER * np.sin(2 * np.pi * steps / _HOVER_FRAMES)
-    turn = _ROCK.get(params.subject, 0.0) * np.sin(2 * np.pi * steps / _ROCK_FRAMES)
+        paces = y / _PACE
+    else:
+        paces = steps * _SPEED / _PACE
+        if params.subject not in _ON_GROUND:
+            y = y + _HOVER * np.sin(2 * np.pi * paces)
+    turn = _ROCK.get(params.subject, 0.0) * np.sin(2 * np.pi * paces)
     if params.subject == "rocket":
         turn = np.full(num_frames, _HEADING[params.motion])
-    return Track(x.astype(np.float32), y.astype(np.float32), turn.astype(np.float32))
+    return Track(*(of.astype(np.float32) for of in (x, y, turn, roll)))
 
 
 def render(
@@ -200,7 +206,6 @@ def render(
     cos, sin = np.cos(track.turn)[:, None, None], np.sin(track.turn)[:, None, None]
     mirror = -1.0 if params.motion == "left" and params.subject in _FACING else 1.0
     steps = np.arange(num_frames, dtype=np.float32)[:, None, None]
-    rolling = {"right": _ROLL, "left": -_ROLL}.get(params.motion, 0.0)
     sprite = draw_sprite(
         params.subject,
         params.colour,
@@ -208,7 +213,7 @@ def render(
         mirror * (across * cos + down * sin),
         down * cos - across * sin,
         softness=1.2 / scale,
-        turn=0.6 + rolling * steps,
+        turn=track.roll[:, None, None],
         phase=steps % CYCLE,
         moves=params.motion != "still",
     )
