@@ -792,7 +792,7 @@ def full_after(writes: int, folder: Path) -> Path:
         f"whole = pathlib.Path({str(folder / 'whole.mp4')!r})\n"
         f"subprocess.run([{real!r}, *sys.argv[1:-1], str(whole)], check=True)\n"
         "data = whole.read_bytes()\n"
-        f"pathlib.Path(sys.argv[-1]).write_bytes(data[: {writes} * len(data) // 10])\n"
+        f"pathlib.Path(sys.argv[-1].removeprefix('file:')).write_bytes(data[: {writes} * len(data) // 10])\n"
         f"print('av_interleaved_write_frame(): {os.strerror(errno.ENOSPC)}', file=sys.stderr)\n"
         "sys.exit(228)\n"
     )
