@@ -41,8 +41,9 @@ def limit_threads() -> None:
     """Let torch, on this thread and those to come, use no more threads than there are processors. Imports torch."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > processors():
-        torch.set_num_threads(processors())
+    most = processors()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > most:
+        torch.set_num_threads(most)
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:

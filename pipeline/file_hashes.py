@@ -25,6 +25,11 @@ def weight_files(part: Path) -> list[Path]:
     return sorted(part.glob("*.safetensors"))
 
 
+def weight_bytes(part: Path) -> int:
+    """Of those files. A link that leads nowhere counts as nothing: loading says what is wrong with it."""
+    return sum(file.stat().st_size for file in weight_files(part) if file.exists())
+
+
 def hash_files(paths: Iterable[Path]) -> FileHashes:
     """Read files in the order given. Raises `OSError` for one that cannot be read."""
     together, single = hashlib.sha256(), {}

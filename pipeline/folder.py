@@ -16,7 +16,7 @@ from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
 from pipeline.failures import is_out_of_memory
-from pipeline.file_hashes import FileHashes, hash_files, weight_files
+from pipeline.file_hashes import FileHashes, hash_files, weight_bytes, weight_files
 from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
@@ -86,11 +86,7 @@ class ModelFolder:
 
     def share_before(self, name: str) -> float:
         """Share of the folder's bytes that lie in the parts before this one, in the order of `CLASSES`."""
-        # A link that leads nowhere counts as nothing: loading says what is wrong with it.
-        sizes = [
-            sum(file.stat().st_size for file in (self._folder / part).glob("*.safetensors") if file.exists())
-            for part in CLASSES
-        ]
+        sizes = [weight_bytes(self._folder / part) for part in CLASSES]
         return sum(sizes[: list(CLASSES).index(name)]) / max(1, sum(sizes))
 
     def load(self, name: str, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ import torch
 from pipeline import container
 from pipeline.device import chosen_device
 from pipeline.errors import OptionUnavailable
+from pipeline.file_hashes import weight_bytes
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
 from pipeline.memory import GB, builders_of, rehearse
@@ -73,9 +74,7 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
         WeightsError: the folder's configs cannot be read.
     """
     free = container.free_memory() + freed
-    # A link that leads nowhere counts as nothing: loading says what is wrong with it.
-    files = (file for file in folder.glob("*/*.safetensors") if file.exists())
-    if sum(file.stat().st_size for file in files) <= SMALL_SHARE * free:
+    if sum(map(weight_bytes, folder.glob("*"))) <= SMALL_SHARE * free:
         return
     report_loading("Planning the memory", 0.0)
     spec = ModelFolder(folder).spec

@@ -80,10 +80,11 @@ class _CompareEvents:
         session = session_of(request)
         ended = self._page.generator.sessions.settle(session, ticket)
         video, both, timer = self._page.waiting(session)
-        if ended is not None and ended.wanted and both == gr.skip():
-            both = ""  # it is over without a word, so there is nothing that it could be waiting for
-        if ended is not None and ended.abandoned and both == gr.skip():
-            both = status.connection_lost()
+        if ended is not None and both == gr.skip():
+            if ended.abandoned:
+                both = status.connection_lost()
+            elif ended.wanted:
+                both = ""  # it is over without a word, so there is nothing that it could be waiting for
         return video, both, timer, *_both(running=self._page.generator.sessions.busy(session))
 
     def _pair(self, prompt, seed, fps, seconds, taehv, fp8, compile, switch, start) -> Pair:

@@ -277,10 +277,11 @@ class Page:
         ended = self.generator.sessions.settle(session, ticket)
         # After Stop the next click may wait already, while the stopped run comes to its end.
         card, both, timer = self.waiting(session)
-        if ended is not None and ended.wanted and card == gr.skip():
-            card = status.not_made()  # it is over without a word, and would stand there as if it were still to come
-        if ended is not None and ended.abandoned and card == gr.skip():
-            card = status.connection_lost()
+        if ended is not None and card == gr.skip():
+            if ended.abandoned:
+                card = status.connection_lost()
+            elif ended.wanted:
+                card = status.not_made()  # it is over without a word, and would stand there as if it were still to come
         download = gr.update(interactive=ended is not None and ended.has_file)
         return download, card, both, timer, *run_buttons(running=self.generator.sessions.busy(session))
 

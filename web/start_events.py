@@ -26,9 +26,9 @@ def wire_start(page: Page, panel: StartPanel) -> None:
     reading = {"concurrency_limit": READERS, "concurrency_id": "starts", **quiet}
     # Another file may be chosen, or this one taken out, while it is read: what is in the field then, counts.
     chosen = panel.file.upload(
-        events.choose, [panel.file, *numbers], [panel.bad, *outputs[1:]], trigger_mode="always_last", **reading
+        events.choose, [panel.file, *numbers], [panel.checked, *outputs[1:]], trigger_mode="always_last", **reading
     )
-    chosen.then(events.settle, [panel.file, panel.bad, *numbers], outputs, **reading)
+    chosen.then(events.settle, [panel.file, panel.checked, *numbers], outputs, **reading)
     gr.on([panel.file.clear, panel.remove.click], events.forget, numbers, outputs, queue=False, **quiet)
 
 
@@ -39,25 +39,27 @@ class _StartEvents:
 
     def choose(self, path: str | None, seed, fps, seconds) -> Values:
         """Check the file and show what the model will see of it, or what is wrong with it."""
-        spec, start, note, bad = None, None, "", None
+        spec, start, note = None, None, ""
         try:
             model = self._page.generator.pipeline
             spec, start = model.spec, self._page.starts.read(path, model, remove=False)
         except SelfForcingError as error:
-            note, bad = start_panel.refused(str(error)), path
+            note = start_panel.refused(str(error))
         shown = self._panel.show(start, spec, note)
         notice = self._page.settings_notice(seed, fps, seconds, start)
-        return bad, *(gr.update(**settings) for settings in shown.values()), notice
+        return (path, not note), *(gr.update(**settings) for settings in shown.values()), notice
 
-    def settle(self, path: str | None, bad: str | None, seed, fps, seconds) -> Values:
-        """Show the file that is in the field by now. A bad one does not stay."""
+    def settle(self, path: str | None, checked: tuple[str | None, bool], seed, fps, seconds) -> Values:
+        """Show the file that is in the field by now, if it is another one. A bad one does not stay."""
         if path is None:
             return self.forget(seed, fps, seconds)
-        if path == bad:
+        shown_of, good = checked
+        if path != shown_of:
+            _, *shown = self.choose(path, seed, fps, seconds)
+            return gr.skip(), *shown
+        if not good:
             remove_upload(self._page.home, path)
-            return gr.update(value=None), *(gr.skip() for _ in range(len(self._panel.shown)))
-        _, *shown = self.choose(path, seed, fps, seconds)
-        return gr.skip(), *shown
+        return gr.skip() if good else gr.update(value=None), *(gr.skip() for _ in self._panel.shown)
 
     def forget(self, seed, fps, seconds) -> Values:
         shown = self._panel.show(None, None)

@@ -34,7 +34,7 @@ class StartPanel:
                 label="Picture or video", file_types=list(START_SUFFIXES), height=140, elem_id="start-file"
             )
             self.preview = gr.HTML("", elem_id="start-preview", padding=False)
-            self.bad = gr.State()  # path of the file that was refused
+            self.checked = gr.State((None, True))  # path of the file that was read last, and whether it is good
             self.remove = gr.Button("Remove", size="sm", elem_id="start-remove", visible=False)
 
     @property

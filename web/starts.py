@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pipeline.config import ModelSpec
@@ -130,15 +130,9 @@ class Starts:
         reading.set_result(start)
 
     def _read_in_turn(self, path: str, spec: ModelSpec) -> Start:
-        busy = SelfForcingError("Too many files are being read at this moment. Try again in a minute.")
-        if not self._places.acquire(blocking=False):
-            raise busy
-        try:
-            if not self._readers.acquire(timeout=WAIT_SECONDS):
-                raise busy
-            try:
-                return read_start(path, spec)
-            finally:
-                self._readers.release()
-        finally:
-            self._places.release()
+        with ExitStack() as held:
+            for semaphore, seconds in ((self._places, 0.0), (self._readers, WAIT_SECONDS)):
+                if not semaphore.acquire(timeout=seconds):
+                    raise SelfForcingError("Too many files are being read at this moment. Try again in a minute.")
+                held.callback(semaphore.release)
+            return read_start(path, spec)
