@@ -206,7 +206,7 @@ def serve(
                 worker.wait_ready()
                 say("The model is ready.")
                 announced = True
-        say("Stopping: a video that is being made ends here." if worker.busy else "Stopping.")
+        say("Stopping: a video that is being made ends here." if worker.busy and not worker.exchanging else "Stopping.")
     finally:
         demo.close(verbose=False)
 

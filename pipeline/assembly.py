@@ -9,7 +9,7 @@ import torch
 
 from pipeline.attention_backends import AttentionShapes, choose_attention
 from pipeline.container import limit_threads
-from pipeline.device import chosen_device
+from pipeline.device import chosen_device, default_dtype
 from pipeline.errors import WeightsError
 from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
@@ -30,7 +30,7 @@ def load_parts(
     """The arguments of `SelfForcingPipeline` by name. Its `from_pretrained` tells what is taken and raised here."""
     limit_threads()
     target = chosen_device(device)
-    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(target)
     source = ModelFolder(folder)
     spec = placement.fitted(source.spec)
 
@@ -52,11 +52,14 @@ def load_parts(
     vae = load("vae")
     speed_up(vae)
     taehv = load("taehv") if source.has("taehv") else None
-    for name, stride in (("vae", vae.config.scale_factor_spatial), ("taehv", taehv and taehv.spatial_scale)):
-        if stride not in (None, spec.spatial_stride):
+    strides = {"vae": (vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)}
+    if taehv is not None:
+        strides["taehv"] = taehv.spatial_scale, taehv.temporal_scale
+    for name, found in strides.items():
+        if found != (said := (spec.spatial_stride, spec.temporal_stride)):
             raise WeightsError(
-                f"The {name} of {spec.name} makes {stride} pixels of a latent cell, but model_index.json says "
-                f"spatial_stride {spec.spatial_stride}. {source.mend}"
+                f"The {name} of {spec.name} makes {found[0]} pixels and {found[1]} frames of a latent cell, but "
+                f"model_index.json says spatial_stride {said[0]} and temporal_stride {said[1]}. {source.mend}"
             )
     return {
         "spec": spec,

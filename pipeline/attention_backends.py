@@ -150,13 +150,14 @@ def choose_attention(
     if name == "auto":
         with torch.cuda.device(device):
             return fastest(shapes, device, dtype, facts, backends)
+    usable = [other for other in backends if backends[other].problem(facts, dtype) is None and other != name]
+    can_be = f"Usable here: auto, {', '.join(usable)}."
+    if name not in backends:
+        raise OptionUnavailable(f"Attention {name!r} is unknown. {can_be}")
     try:
         return AttentionChoice(name, _checked(backends[name], shapes, device, dtype, facts))
     except _Unusable as why:
-        usable = [other for other in backends if backends[other].problem(facts, dtype) is None and other != name]
-        raise OptionUnavailable(
-            f"Attention {name!r} cannot be used: {why}. What can be here: auto, {', '.join(usable)}."
-        ) from why
+        raise OptionUnavailable(f"Attention {name!r} cannot be used: {why}. {can_be}") from why
 
 
 @torch.inference_mode()

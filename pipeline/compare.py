@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from pipeline.blocks import FrameBlock, StreamingPipeline
-from pipeline.config import MAX_SEED, SECONDS_RANGE, GenerationRequest, ModelSpec, check_available
+from pipeline.config import MAX_SEED, GenerationRequest, ModelSpec, check_available
 from pipeline.errors import Cancelled, InvalidRequest, SelfForcingError
 from pipeline.frame_file import FrameFile, free_bytes
 from pipeline.meter import RunMeter
@@ -331,5 +331,5 @@ def _preparation(request: GenerationRequest, spec: Any) -> GenerationRequest:
     """The clip before a run: as the run, but of one or two blocks."""
     if not isinstance(spec, ModelSpec):
         return replace(request, seconds=min(request.seconds, 1.0))
-    seconds = spec.frames_in(PREPARED_BLOCKS) / (request.fps or spec.fps)
-    return replace(request, seconds=min(request.seconds, max(seconds, SECONDS_RANGE[0])))
+    seconds = spec.seconds_for(PREPARED_BLOCKS, request.fps or spec.fps)
+    return replace(request, seconds=min(request.seconds, seconds))

@@ -27,19 +27,22 @@ _given_up = False
 
 def folder() -> Path:
     """Where compiled code is kept."""
-    if (chosen := os.environ.get(TORCH_VARIABLE)) and not _is_torchs_own(chosen):
-        return Path(chosen)
+    if _is_chosen():
+        return Path(os.environ[TORCH_VARIABLE])
     home = os.environ.get(HOME_VARIABLE) or os.path.join(os.path.expanduser("~"), ".cache", "self-forcing")
     return Path(home) / "compile"
 
 
-def _is_torchs_own(chosen: str) -> bool:
-    """Whether nobody has chosen this folder: torch puts its default into the variable as soon as it is imported."""
+def _is_chosen() -> bool:
+    """Whether the variable holds more than torch's default, which torch puts there as soon as it is imported."""
+    chosen = os.environ.get(TORCH_VARIABLE)
+    if not chosen:
+        return False
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     except ImportError:  # it is no public name
-        return False
-    return os.path.abspath(chosen) == os.path.abspath(default_cache_dir())
+        return True
+    return os.path.abspath(chosen) != os.path.abspath(default_cache_dir())
 
 
 def use() -> None:
@@ -48,9 +51,9 @@ def use() -> None:
     The first time in a process, what was not used for long is removed from it if there is too much.
     """
     global _own
-    chosen = folder()
-    if os.environ.get(TORCH_VARIABLE) == str(chosen):
+    if _is_chosen():
         return
+    chosen = folder()
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):
@@ -67,14 +70,21 @@ def use() -> None:
 def give_up() -> bool:
     """Remove what is kept, for it seems to be damaged. Returns whether there was anything; at most once a process."""
     global _given_up
-    if _given_up or _own is None or not any(_own.iterdir()):
+    if _given_up or _own is None:
         return False
-    _given_up = True
-    # First out of the way: another process may be reading in it.
-    aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=_own.parent))
-    os.replace(_own, aside / _own.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    _own.mkdir(parents=True, exist_ok=True)
+    try:
+        if _own.is_dir() and not any(_own.iterdir()):
+            return False
+        _given_up = True
+        if _own.is_dir():
+            # First out of the way: another process may be reading in it.
+            aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=_own.parent))
+            os.replace(_own, aside / _own.name)
+            shutil.rmtree(aside, ignore_errors=True)
+        _own.mkdir(parents=True, exist_ok=True)  # somebody may have removed it: that was damage, too
+    except OSError as error:
+        logger.warning("Compiled code in %s cannot be removed (%s)", _own, error.strerror)
+        return False
     return True
 
 

@@ -50,7 +50,7 @@ class CompiledRuns:
         return None if self.compiler.may_try_again else self.compiler.failure
 
     def state(self, request: GenerationRequest) -> CompileState:
-        """How far the compiled code is that a request with these options would run. Whether it asks for it, or not."""
+        """How far the compiled code is that a request with these options would run, even if it does not ask for it."""
         return self.compiler.state(self._pieces(request))
 
     def applied(self, request: GenerationRequest, state: CompileState) -> str:
@@ -64,7 +64,7 @@ class CompiledRuns:
     def learning_request(self, request: GenerationRequest) -> GenerationRequest:
         """A short clip with the options of another; running it is enough to have everything compiled for both."""
         blocks = max(LEARNING_BLOCKS, math.ceil(LEARNING_LATENTS / self._spec.frames_per_block))
-        seconds = self._spec.frames_in(blocks) / self._spec.fps
+        seconds = self._spec.seconds_for(blocks, self._spec.fps)
         return replace(request, seconds=seconds, fps=self._spec.fps, compile=True)
 
     def prepare(

@@ -159,6 +159,11 @@ class ModelSpec:
         latents = (seconds * fps - 1) / self.temporal_stride + 1
         return max(1, math.floor(latents / self.frames_per_block + 0.5))
 
+    def seconds_for(self, num_blocks: int, fps: float) -> float:
+        """What to ask for so that it becomes so many blocks, within what may be asked for."""
+        low, high = SECONDS_RANGE
+        return min(high, max(low, self.frames_in(num_blocks) / fps))
+
     def blocks_in(self, num_frames: int) -> int:
         """How many whole blocks `num_frames` video frames make, from the first frame of a clip on; 0: too few."""
         latents = (num_frames - 1) // self.temporal_stride + 1

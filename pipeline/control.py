@@ -28,10 +28,6 @@ class RunControl:
         """Ask the run to end at its next checkpoint. May be called any number of times."""
         self._cancelled.set()
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
     def check(self) -> None:
         """Raise `Cancelled` or `DeadlineExceeded` if the run must end now."""
         if self._cancelled.is_set():

@@ -129,7 +129,7 @@ class TaehvStreamDecoder:
 def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
     """Decoded frames [1, T, 3, H, W] in [0, 1] -> uint8 [T, H, W, 3]. NaN, which would become black, is refused."""
     if not torch.isfinite(frames).all():
-        raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try the other decoder.")
+        raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try another seed.")
     pixels = frames[0].permute(0, 2, 3, 1).float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
     return pixels.contiguous().cpu().numpy()
 

@@ -46,6 +46,11 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a model is loaded in where nobody chose: half as wide on anything but a CPU, which gains little by it."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def processor_name() -> str:
     """Such as `AMD EPYC 9R14`; the machine's kind where it is not told."""
     try:

@@ -45,8 +45,9 @@ class Report:
     memory: int | None
     free_memory: int | None
     main_memory: int
+    free_main_memory: int
     processors: int
-    """Both as far as a container may have them."""
+    """All three as far as a container may have them."""
     options: dict[str, str]
     """Option -> `works`, or why it does not."""
     float8: dict[str, Any]
@@ -61,7 +62,8 @@ class Report:
     needs: dict[str, Any]
     """Of each part, in bfloat16; see `memory.ModelNeeds`."""
     plan: dict[str, Any]
-    """For the device's free memory, where that is known, else without a limit. See `plan.MemoryPlan`."""
+    """In the dtype it is loaded in, for a GPU's free memory where that is known, else without a limit; see
+    `plan.MemoryPlan`."""
     cards: dict[str, dict[str, Any]]
     """Size of a card in GB -> the plan for it."""
     advice: list[str] = field(default_factory=list)
@@ -85,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = SentenceParser(
-        prog="python -m pipeline doctor", description="Say what this machine can do, and what to change."
+        prog="python -m pipeline doctor",
+        allow_abbrev=False,
+        description="Say what this machine can do, and what to change.",
     )
     parser.add_argument(
         "--model",
@@ -108,7 +112,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
     check_device(device_name)
     import torch
 
-    from pipeline.device import chosen_device
+    from pipeline.device import chosen_device, default_dtype
     from pipeline.float8 import form_on
     from pipeline.memory import rehearse
     from pipeline.plan import CARDS, plan_for, usable, without_losses
@@ -116,8 +120,9 @@ def examine(model: str, device_name: str | None = None) -> Report:
 
     device = chosen_device(device_name)
     spec, builders = _find(model)
-    needs = rehearse(builders, spec, torch.bfloat16)
-    float8 = form_on(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    needs, dtype = rehearse(builders, spec, torch.bfloat16), default_dtype(device)
+    needs_here = needs if dtype == torch.bfloat16 else rehearse(builders, spec, dtype)
+    float8 = form_on(device, dtype)
     free, memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
     report = Report(
         python=platform.python_version(),
@@ -128,6 +133,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
         memory=memory,
         free_memory=free,
         main_memory=container.total_memory(),
+        free_main_memory=container.free_memory(),
         processors=container.processors(),
         options=_options(device, "taehv" in builders),
         float8=asdict(float8) | {"sentence": float8.sentence()},
@@ -137,7 +143,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
         compile_cache_size=compile_cache.size(),
         model=spec.name,
         needs=asdict(needs),
-        plan=plan_for(needs, spec, None if free is None else without_losses(free)).as_dict(),
+        plan=plan_for(needs_here, spec, None if free is None else without_losses(free)).as_dict(),
         cards={str(size): plan_for(needs, spec, usable(size * GB)).as_dict() for size in CARDS},
     )
     report.advice = advice(report)
@@ -174,9 +180,9 @@ def _attention(build_transformer: Any, spec: Any, device: Any) -> dict[str, Any]
     import torch
 
     from pipeline.attention_backends import BACKENDS, AttentionShapes, choose_attention
-    from pipeline.device import DeviceFacts
+    from pipeline.device import DeviceFacts, default_dtype
 
-    dtype, facts = torch.bfloat16 if device.type == "cuda" else torch.float32, DeviceFacts.of(device)
+    dtype, facts = default_dtype(device), DeviceFacts.of(device)
     with torch.device("meta"):
         shapes = AttentionShapes.of(build_transformer().config, spec)
     choice = choose_attention("auto", shapes, device, dtype)
@@ -210,10 +216,11 @@ def advice(report: Report) -> list[str]:
     said += [sentence for sentence in report.options.values() if sentence != "works"]
     if "torchao" in report.float8["why"]:
         said.append(f"FP8 stores weights in 8 bits here but does not compute in them: {report.float8['why']}.")
-    if report.kind == "cpu" and 2 * report.plan["total"] > report.main_memory:
+    if report.kind == "cpu" and report.plan["total"] > report.free_main_memory:
         said.append(
-            f"{report.model} needs about {_size(2 * report.plan['total'])} of main memory on a CPU, and this machine "
-            f"has {_size(report.main_memory)}: take a machine with a GPU, or the embedded model."
+            f"{report.model} needs about {_size(report.plan['total'])} of main memory on a CPU, and "
+            f"{_size(report.free_main_memory)} of {_size(report.main_memory)} are free: close other programs, take a "
+            "machine with a GPU, or the embedded model."
         )
     return said
 
@@ -228,7 +235,8 @@ def as_text(report: Report) -> str:
         f"Python      {report.python} on {report.system}",
         f"Packages    {', '.join(packages)}",
         f"Device      {report.device}{memory}",
-        f"Machine     {report.processors} processors, {_size(report.main_memory)} of main memory",
+        f"Machine     {report.processors} processors, {_size(report.main_memory)} of main memory, "
+        f"{_size(report.free_main_memory)} free",
         *(f"{name:<12}{state}" for name, state in report.options.items()),
         f"FP8 is      {report.float8['sentence'][:1].lower()}{report.float8['sentence'][1:]}",
         f"Attention   {report.attention['title']}{_timings(report.attention['milliseconds'])}",
@@ -259,8 +267,8 @@ def _timings(milliseconds: dict[str, float]) -> str:
 
 def _on_this_device(report: Report) -> str:
     if report.kind == "cpu":
-        twice = 2 * report.plan["total"]
-        return f"{report.model} on a CPU: about {_size(twice)} of main memory, in float32, everything loaded."
+        total = _size(report.plan["total"])
+        return f"{report.model} on a CPU: about {total} of main memory, in float32, everything loaded."
     unknown = "" if report.memory else "; how much memory it has is not known"
     return f"{report.model} on this device: {_plan_line(report.plan)}{unknown}"
 

@@ -82,7 +82,7 @@ class ModelFolder:
         return ModelSpec.from_config(self._index.get("settings", {}))
 
     def has(self, name: str) -> bool:
-        return name in self._index
+        return self._index.get(name) is not None
 
     def share_before(self, name: str) -> float:
         """Share of the folder's bytes that lie in the parts before this one, in the order of `CLASSES`."""

@@ -221,17 +221,17 @@ class SelfForcingPipeline:
                 if number != self._stream_number:
                     raise SelfForcingError("Another run was started on this model, which ended this one.")
                 shown += len(frames)
-        finally:  # it stands before the last block's clean pass, and would hold cache and weights for as long
+        finally:  # suspended before the last clean pass; left open it would keep cache and weights alive
             rollout.close()
             if self._rollout is rollout:
                 self._rollout = None
 
     def warm_up(self, compile: bool = False) -> None:
-        """Make a block or two for nobody: what happens once only, happens now and not in front of the first visitor.
+        """Make a block or two for nobody, so that one-off costs are paid before the first visitor comes.
 
         With `compile`, also begin to compile what later runs with that option need, which goes on in the background.
         """
-        seconds = self.spec.frames_in(2) / self.spec.fps
+        seconds = self.spec.seconds_for(2, self.spec.fps)
         request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
         if compile:
             self.compiled.waits = False
@@ -270,7 +270,7 @@ class SelfForcingPipeline:
         return reasons
 
     def compile_state(self, request: GenerationRequest) -> CompileState:
-        """How far the compiled code is that a request with these options would run. Whether it asks for it, or not."""
+        """How far the compiled code is that a request with these options would run, even if it does not ask for it."""
         return self.compiled.state(request)
 
     def learning_request(self, request: GenerationRequest) -> GenerationRequest:
@@ -286,7 +286,7 @@ class SelfForcingPipeline:
         if self.placement.text_encoder != "offload" or self.text.remembers(prompt):
             return self.text(prompt)
         self._cache = None
-        free_memory()  # in one piece: what lies between pieces that are held for the cache's sizes would be lost
+        free_memory()  # blocks held for the KV cache's sizes would leave gaps too small for the encoder
         embeds = self.text(prompt)
         free_memory()
         return embeds

@@ -158,7 +158,7 @@ def builders_of(folder: Path) -> Builders:
         "text_encoder": lambda: UMT5EncoderModel(UMT5Config.from_dict(_config(folder, "text_encoder"))),
         "vae": lambda: AutoencoderKLWan.from_config(_config(folder, "vae")),
     }
-    if (folder / "taehv").is_dir():
+    if ModelFolder(folder).has("taehv"):
         builders["taehv"] = lambda: TAEHV.from_config(_config(folder, "taehv"))
     return builders
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from pipeline import container
-from pipeline.device import chosen_device
+from pipeline.device import chosen_device, default_dtype
 from pipeline.errors import OptionUnavailable
 from pipeline.file_hashes import weight_bytes
 from pipeline.folder import ModelFolder
@@ -52,7 +52,7 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
     spec = ModelFolder(folder).spec
     # What is free is told after the driver has taken its share.
     budget = without_losses(torch.cuda.mem_get_info(target)[0]) if memory == "auto" else usable(float(memory) * GB)
-    plan = plan_for(rehearse(builders_of(folder), spec, torch.bfloat16), spec, budget)
+    plan = plan_for(rehearse(builders_of(folder), spec, default_dtype(target)), spec, budget)
     if not plan.fits:
         raise OptionUnavailable(
             f"{spec.name} needs {plan.total / GB:.1f} GB of GPU memory even with everything made small, and "
@@ -78,7 +78,9 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
         return
     report_loading("Planning the memory", 0.0)
     spec = ModelFolder(folder).spec
-    needed = evaluated(rehearse(builders_of(folder), spec, torch.float32), spec, AS_THE_MODEL_HAS_IT).total
+    needed = evaluated(
+        rehearse(builders_of(folder), spec, default_dtype(torch.device("cpu"))), spec, AS_THE_MODEL_HAS_IT
+    ).total
     if needed > free:
         raise OptionUnavailable(
             f"{spec.name} needs about {needed / GB:.1f} GB of main memory on a CPU, where it works in float32, and "

@@ -36,7 +36,7 @@ class FlowSchedule:
     def sigmas(self) -> torch.Tensor:
         """float32 [num_levels]."""
         u = torch.linspace(1.0, 0.0, self.num_levels + 1, dtype=torch.float32)[:-1]
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return shifted_time(u, self.shift)
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
@@ -53,7 +53,7 @@ class FlowSchedule:
     def warp(self, steps: Sequence[float]) -> torch.Tensor:
         """Map unwarped steps such as [1000, 750, 500, 250] onto the table: float32 timesteps."""
         table = torch.cat([self.timesteps, torch.zeros(1, dtype=torch.float32)])
-        return table[[TRAIN_STEPS - round(step) for step in steps]]
+        return table[[self.num_levels - round(step * self.num_levels / TRAIN_STEPS) for step in steps]]
 
     def nearest(self, timestep: torch.Tensor) -> torch.Tensor:
         """Row of the table nearest to each timestep."""

@@ -244,9 +244,11 @@ def test_forced_ones_are_taken_or_refused() -> None:
     with pytest.raises(OptionUnavailable) as raised:
         choose_attention("cudnn", SHAPES, CPU, torch.float32)
     assert str(raised.value) == (
-        "Attention 'cudnn' cannot be used: needs an NVIDIA GPU from Ampere on, not a CPU. What can be here: auto, "
+        "Attention 'cudnn' cannot be used: needs an NVIDIA GPU from Ampere on, not a CPU. Usable here: auto, "
         "sdpa, flash, math."
     )
+    with pytest.raises(OptionUnavailable, match="'flash2' is unknown. Usable here: auto, sdpa"):
+        choose_attention("flash2", SHAPES, CPU, torch.float32)
     with pytest.raises(OptionUnavailable, match="off by 1.0%"):
         choose_attention("odd", SHAPES, CPU, torch.float32, {"odd": WRONG})
     rough = {"sage": replace(WRONG, approximate=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -753,11 +754,20 @@ def test_the_cache_is_a_folder_that_stays(no_cache: Path, monkeypatch: pytest.Mo
     assert not compile_cache.give_up(), "once is enough"
 
 
-def test_a_folder_that_somebody_chose_is_left_alone(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_somebody_removed_does_not_hinder_trying_again(no_cache: Path) -> None:
+    compile_cache.use()
+    shutil.rmtree(no_cache)
+    assert compile_cache.give_up() and no_cache.is_dir()
+
+
+@pytest.mark.parametrize("written", ["{}", "{}/", "{}/."])
+def test_a_folder_that_somebody_chose_is_left_alone(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
     chosen = no_cache.parent.parent / "chosen"
     chosen.mkdir()
     (chosen / "code").touch()
-    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, str(chosen))
+    monkeypatch.setenv(compile_cache.TORCH_VARIABLE, written.format(chosen))
     compile_cache.use()
     assert compile_cache.folder() == chosen and not compile_cache.give_up() and (chosen / "code").exists()
 

@@ -419,6 +419,6 @@ def test_the_doctor_says_what_to_change() -> None:
     )
     assert "Install torch: " in (doctor.missing_packages(report.packages | {"torch": None}) or "")
     assert doctor.missing_packages(report.packages | {"torchao": None}) is None
-    assert "main memory" in doctor.advice(replace(report, main_memory=1))[0]
+    assert "main memory" in doctor.advice(replace(report, free_main_memory=1))[0]
     short = report.plan | {"fits": False, "budget": 0}
     assert "lacks" in doctor.advice(replace(report, kind="cuda", plan=short, memory=1, free_memory=1))[0]

@@ -28,6 +28,7 @@ from pipeline.errors import (
     WeightsError,
 )
 from pipeline.folder import index_entries
+from pipeline.memory import builders_of
 from tests.small import SMALL_SETTINGS, write_model_folder
 
 PROMPT = "a red balloon rises over the mountains"
@@ -192,6 +193,27 @@ def test_a_folder_without_taehv_works_and_says_so(tmp_path: Path) -> None:
         with pytest.raises(OptionUnavailable, match="no TAEHV decoder"):
             make(request(taehv=True))
     assert len(frames(bare)) == 33
+
+
+def test_taehv_is_there_where_the_index_says_so(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"taehv": None}))
+    assert "taehv" not in builders_of(folder)
+    assert "taehv" in SelfForcingPipeline.from_pretrained(folder, "cpu").unavailable_options()
+
+
+def test_decoders_of_other_strides_are_refused(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", temporal_stride=2)
+    with pytest.raises(WeightsError, match="vae of small makes 8 pixels and 4 frames of a latent cell, but .* 2"):
+        SelfForcingPipeline.from_pretrained(folder, "cpu")
+
+
+def test_a_model_of_one_frame_blocks_played_fast_can_begin(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", frames_per_block=1, window_frames=3, sink_frames=1, fps=60)
+    pipe = SelfForcingPipeline.from_pretrained(folder, "cpu")
+    pipe.warm_up()
+    assert pipe.learning_request(request()).seconds >= 0.1
 
 
 def test_words(pipe: SelfForcingPipeline) -> None:

@@ -53,6 +53,11 @@ def test_the_table_does_not_depend_on_torchs_default_dtype() -> None:
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
+def test_steps_mean_the_same_in_a_shorter_table() -> None:
+    found = FlowSchedule(5.0, num_levels=100).warp(STEPS)
+    torch.testing.assert_close(found, FlowSchedule(5.0).warp(STEPS), rtol=0, atol=1e-3)
+
+
 def test_conversions_are_inverse() -> None:
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, *SHAPE, generator=generator).unbind()

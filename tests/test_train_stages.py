@@ -155,6 +155,9 @@ def test_weights_can_be_the_mean_of_two_runs() -> None:
     wider = build_network(NetworkSizes(**{**SIZES, "ffn_dim": 2 * SIZES["ffn_dim"]}))
     with pytest.raises(WeightsError, match="different sizes"):
         export.blend(one, wider, 0.5)
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InvalidSettings, match="0 to 1"):
+            export.blend(one, other, share)
 
 
 def test_a_stage_stops_when_its_time_is_over_and_goes_on(world: Path, tmp_path: Path) -> None:

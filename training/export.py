@@ -14,7 +14,7 @@ import torch
 from transformers import UMT5EncoderModel
 
 from pipeline.config import ModelSpec
-from pipeline.errors import WeightsError
+from pipeline.errors import InvalidSettings, WeightsError
 from pipeline.folder import INDEX_FILE, index_entries
 from pipeline.transformer import CausalWanTransformer3DModel
 from training import console, enhancing
@@ -69,7 +69,10 @@ def blend(network: CausalWanTransformer3DModel, other: CausalWanTransformer3DMod
 
     Raises:
         WeightsError: they are of different sizes.
+        InvalidSettings: a share outside 0..1, which would be no mean.
     """
+    if not 0 <= share <= 1:
+        raise InvalidSettings(f"--share is how far towards the other run to go, 0 to 1, not {share}.")
     theirs = other.state_dict()
     if {name: value.shape for name, value in network.state_dict().items()} != {n: v.shape for n, v in theirs.items()}:
         raise WeightsError("The two runs are of networks of different sizes, which have no mean.")

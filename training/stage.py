@@ -139,7 +139,10 @@ def check_text(settings: StageSettings, config: dict[str, Any]) -> None:
     path = Path(settings.text.folder) / "text_encoder" / "config.json"
     if not path.is_file():
         raise InvalidSettings(f"text.folder {settings.text.folder} holds no text encoder.")
-    width = json.loads(path.read_text(encoding="utf-8")).get("d_model")
+    try:
+        width = dict(json.loads(path.read_text(encoding="utf-8"))).get("d_model")
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidSettings(f"text.folder {settings.text.folder}: text_encoder/config.json is damaged.") from error
     if width != config.get("text_dim"):
         raise InvalidSettings(
             f"The text encoder in {settings.text.folder} is {width} wide, but the network takes "
@@ -150,9 +153,11 @@ def check_text(settings: StageSettings, config: dict[str, Any]) -> None:
 def check_prompts(settings: StageSettings, prompts: PromptSettings) -> None:
     """Every prompt must be one that the text encoder reads to its end."""
     if prompts.source != "world":
-        open_prompts(
-            prompts, AutoTokenizer.from_pretrained(Path(settings.text.folder) / "tokenizer"), settings.text.length
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(Path(settings.text.folder) / "tokenizer", local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise InvalidSettings(f"text.folder {settings.text.folder}: tokenizer is missing or damaged.") from error
+        open_prompts(prompts, tokenizer, settings.text.length)
 
 
 def check_same_shape(name: str, config: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> None:
