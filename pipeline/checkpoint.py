@@ -23,7 +23,7 @@ WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_ori
 WRAPPER_PREFIXES = ("module.", "model.")
 
 
-def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, torch.Tensor]:
+def load_checkpoint(path: str | Path, key: str | None = None, *, strict: bool = True) -> dict[str, torch.Tensor]:
     """State dict of the generator in a `.pt`, `.pth` or `.safetensors` file, with the names of the original Wan layout.
 
     The tensors are views of the file, which is mapped into memory: what is not looked at takes none.
@@ -32,13 +32,14 @@ def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, torch
         path: a file written by `torch.save`, read with `weights_only=True` so that nothing in it is executed; or
             safetensors, which hold one network.
         key: which entry to take; by default the first of `GENERATOR_KEYS` that is there, or the file itself.
+        strict: whether only that entry will do. Otherwise the default is taken where it is not there.
 
     Raises:
         WeightsError: not such a file, or without the entry.
     """
     name = Path(path).name
     loaded = load_tensors(path)
-    if key is None:
+    if key is None or not (strict or key in loaded):
         key = next((candidate for candidate in GENERATOR_KEYS if candidate in loaded), None)
     elif key not in loaded:
         raise WeightsError(f"{name} has no entry {key!r}; it has {', '.join(map(str, list(loaded)[:6]))}.")

@@ -49,11 +49,15 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attent
     check_device(device)
     from transformers.utils import logging as transformers_logging
 
+    from pipeline.failures import free_memory
     from pipeline.generator import SelfForcingPipeline
+    from pipeline.load_lock import loading_alone
     from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
-    placement = placement_for(folder, device, memory)
+    with loading_alone():  # what a compilation still takes that the model before began, is free after it
+        free_memory()
+        placement = placement_for(folder, device, memory)
     return SelfForcingPipeline.from_pretrained(folder, device, placement=placement, attention=attention)
 
 
@@ -137,7 +141,7 @@ def generate(
 ) -> dict[str, Any]:
     """Make the video and write it. Returns what `--json` prints."""
     check_available(request, pipeline.unavailable_options())
-    say_missing_preset(pipeline, request)
+    request = with_preset(pipeline, request)
     say_unknown_words(pipeline, request)
     began = time.perf_counter()
     encoder: SegmentEncoder | None = None
@@ -157,11 +161,12 @@ def generate(
     return _summary(block.run, encoder, output, first.elapsed, time.perf_counter() - began)
 
 
-def say_missing_preset(pipeline: StreamingPipeline, *requests: GenerationRequest, written: str = "--{}") -> None:
-    """Warn of options that should be on here for want of memory, but are off. `written`: as they are asked for."""
-    preset = getattr(pipeline, "preset", {})
-    if missing := [name for name in preset if not all(getattr(request, name) for request in requests)]:
-        say(f"There may be too little memory for this without {' and '.join(map(written.format, missing))}.")
+def with_preset(pipeline: StreamingPipeline, request: GenerationRequest) -> GenerationRequest:
+    """The request with the options that should be on here for want of memory. Says what it switches on."""
+    missing = [name for name in getattr(pipeline, "preset", {}) if not getattr(request, name)]
+    if missing:
+        say(f"There is little memory here, so these are on: {', '.join(f'--{name}' for name in missing)}.")
+    return replace(request, **dict.fromkeys(missing, True))
 
 
 def say_unknown_words(pipeline: StreamingPipeline, request: GenerationRequest) -> None:

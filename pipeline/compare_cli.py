@@ -20,7 +20,7 @@ from pipeline.cli import (
     read_output,
     read_request,
     run_command,
-    say_missing_preset,
+    say,
     say_unknown_words,
 )
 from pipeline.compare import SWITCHES, Comparison, Pair, read_switches
@@ -73,7 +73,9 @@ def make_both(worker: ModelWorker, pipeline: StreamingPipeline, pair: Pair, outp
     from pipeline.side_by_side import write_side_by_side  # here: a bad request does not wait for Pillow
 
     pair.check(pipeline)
-    say_missing_preset(pipeline, pair.a, pair.b, written="{}=on")
+    preset = getattr(pipeline, "preset", {})
+    if off := [name for name in preset if not (getattr(pair.a, name) and getattr(pair.b, name))]:
+        say(f"There may be too little memory for this without {' and '.join(f'{name}=on' for name in off)}.")
     say_unknown_words(pipeline, pair.a)
     with Comparison(worker, pair) as comparison:
         with progress_bar() as bar:

@@ -142,7 +142,7 @@ def examine(model: str, device_name: str | None = None) -> Report:
         compile_cache=str(compile_cache.folder()),
         compile_cache_size=compile_cache.size(),
         model=spec.name,
-        needs=asdict(needs),
+        needs=asdict(needs) | {"largest_part": needs.largest_part},
         plan=plan_for(needs_here, spec, None if free is None else without_losses(free)).as_dict(),
         cards={str(size): plan_for(needs, spec, usable(size * GB)).as_dict() for size in CARDS},
     )
@@ -221,6 +221,12 @@ def advice(report: Report) -> list[str]:
             f"{report.model} needs about {_size(report.plan['total'])} of main memory on a CPU, and "
             f"{_size(report.free_main_memory)} of {_size(report.main_memory)} are free: close other programs, take a "
             "machine with a GPU, or the embedded model."
+        )
+    if report.kind == "cuda" and report.needs["largest_part"] > report.free_main_memory:
+        said.append(
+            f"{report.model} is loaded through the main memory, a part at a time: "
+            f"{_size(report.needs['largest_part'])}, and "
+            f"{_size(report.free_main_memory)} are free. Close other programs."
         )
     return said
 

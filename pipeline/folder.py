@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from pipeline.config import ModelSpec
 from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
@@ -123,12 +123,18 @@ class ModelFolder:
         return model.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """As its tokenizer.json says, whatever class the config beside it names.
+
+        For UMT5's that is `T5Tokenizer`, which builds another one of the vocabulary: without UMT5's bytes for rare
+        characters, and with the number that its `<s>` has for what is unknown.
+
+        Raises:
+            WeightsError: a file is missing or damaged.
+        """
         self._check("tokenizer")
         try:
-            return AutoTokenizer.from_pretrained(
-                self._folder / "tokenizer", local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
+            return PreTrainedTokenizerFast.from_pretrained(self._folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"The tokenizer in {self._name}/tokenizer is missing or damaged. {self.mend}") from error
 
     def load_enhancer(self, vocabulary: frozenset[str]) -> TemplateEnhancer | None:

@@ -73,6 +73,11 @@ class ModelNeeds:
     encoding_start_tiled: int = 0
     """That in tiles."""
 
+    @property
+    def largest_part(self) -> int:
+        """Weights of the part that takes most while it is loaded: each comes whole into the main memory first."""
+        return max(part.weights for part in (self.transformer, self.text_encoder, *self.decoders.values()))
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made on a device inside, as long as they live.

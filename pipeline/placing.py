@@ -18,7 +18,7 @@ from pipeline.file_hashes import weight_bytes
 from pipeline.folder import ModelFolder
 from pipeline.loading import report_loading
 from pipeline.memory import GB, builders_of, rehearse
-from pipeline.plan import AS_THE_MODEL_HAS_IT, Placement, evaluated, plan_for, usable, without_losses
+from pipeline.plan import AS_THE_MODEL_HAS_IT, MemoryPlan, Placement, evaluated, plan_for, usable, without_losses
 
 SMALL_SHARE = 0.05
 """A model whose files are a smaller share of the free memory is not rehearsed, which takes seconds. In float32 the
@@ -34,8 +34,8 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
             or not.
 
     Raises:
-        OptionUnavailable: the model does not fit, however small it is made, or not in the main memory on a CPU; or a
-            number for what is no NVIDIA GPU.
+        OptionUnavailable: the model does not fit, however small it is made, or not in the main memory, through which it
+            comes to a GPU, too; or a number for what is no NVIDIA GPU.
         WeightsError: the folder's configs cannot be read.
     """
     target = chosen_device(device)
@@ -48,18 +48,33 @@ def placement_for(folder: Path, device: str | None, memory: str) -> Placement:
         check_main_memory(folder)
     if target.type != "cuda" or memory == "off":
         return AS_THE_MODEL_HAS_IT
-    report_loading("Planning the memory", 0.0)
-    spec = ModelFolder(folder).spec
     # What is free is told after the driver has taken its share.
     budget = without_losses(torch.cuda.mem_get_info(target)[0]) if memory == "auto" else usable(float(memory) * GB)
-    plan = plan_for(rehearse(builders_of(folder), spec, default_dtype(target)), spec, budget)
+    return _gpu_plan(folder, target, budget, container.free_memory()).placement
+
+
+def _gpu_plan(folder: Path, target: torch.device, budget: int, main_memory: int) -> MemoryPlan:
+    """The plan for so many bytes of a GPU, and so many of the main memory, through which all parts come.
+
+    Raises:
+        OptionUnavailable: one of them is too small.
+    """
+    report_loading("Planning the memory", 0.0)
+    spec = ModelFolder(folder).spec
+    needs = rehearse(builders_of(folder), spec, default_dtype(target))
+    plan = plan_for(needs, spec, budget)
     if not plan.fits:
         raise OptionUnavailable(
             f"{spec.name} needs {plan.total / GB:.1f} GB of GPU memory even with everything made small, and "
             f"{budget / GB:.1f} GB can be used. Close other programs that use the GPU, choose another device, or try "
             "all the same with --memory off."
         )
-    return plan.placement
+    if needs.largest_part > main_memory:
+        raise OptionUnavailable(
+            f"{spec.name} is loaded through the main memory, a part at a time: {needs.largest_part / GB:.1f} GB, and "
+            f"{main_memory / GB:.1f} GB are free. Close other programs, or try all the same with --memory off."
+        )
+    return plan
 
 
 def check_main_memory(folder: Path, freed: int = 0) -> None:
@@ -90,15 +105,25 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
 
 
 def check_exchange(folder: Path, device: str | None, memory: str) -> None:
-    """`check_main_memory`, asked while another model is still loaded, whose memory this one will have.
+    """Refuse a model that has no room, while another one is still loaded, whose memory this one will have.
 
-    All that this process holds counts as that model's, a language model included: where only that makes the difference,
-    the refusal comes after the old model has gone, and it is loaded again.
+    All that this process holds counts as that model's, a language model included, and on a GPU all that anybody holds:
+    where only that makes the difference, the refusal comes after the old model has gone, and it is loaded again.
 
     Args:
-        device, memory: as `placement_for` has them; nothing is asked for a GPU, or with memory `off`.
+        device, memory: as `placement_for` has them; nothing is asked with memory `off`.
+
+    Raises:
+        OptionUnavailable, WeightsError: as `placement_for`.
     """
-    if memory != "off" and chosen_device(device).type == "cpu":
-        held = psutil.Process().memory_info()
-        # What is shared, mapped files above all, is in part told to be free already.
-        check_main_memory(folder, freed=held.rss - getattr(held, "shared", 0))
+    target = chosen_device(device)
+    if memory == "off" or target.type not in ("cpu", "cuda"):
+        return
+    held = psutil.Process().memory_info()
+    # What is shared, mapped files above all, is in part told to be free already.
+    freed = held.rss - getattr(held, "shared", 0)
+    if target.type == "cpu":
+        check_main_memory(folder, freed)
+    else:
+        size = torch.cuda.mem_get_info(target)[1] if memory == "auto" else float(memory) * GB
+        _gpu_plan(folder, target, usable(size), container.free_memory() + freed)

@@ -30,9 +30,10 @@ DRIVER_BYTES = 600_000_000
 SPARE_SHARE = 0.05
 """Of a card, lost between allocations; likewise."""
 
-SHORT_WINDOW, SHORT_SINK = 12, 3
-"""A smaller KV cache, in latent frames: with blocks of 3 it is the sink's block, two recent ones and the current one,
-as LongLive has it. Models of smaller blocks are to remember no less; both are rounded up to whole blocks."""
+SHORT_WINDOW, SHORT_SINK = 12, 6
+"""A smaller KV cache, in latent frames: with blocks of 3 it is the sink's two blocks, a recent one and the current one,
+the whole blocks nearest to the sink of 5 that flashdreams has for these weights, which were not trained with any.
+Models of smaller blocks are to remember no less; both are rounded up to whole blocks."""
 
 _PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes and goes", "cpu": "on the CPU"}
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -306,3 +306,22 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
     ).save_pretrained(folder)
+
+
+def write_umt5_tokenizer(folder: Path) -> None:
+    """In the layout of the published one, with few words: bytes for what is rare, `<unk>` as the fourth of all, and a
+    config that names T5's class."""
+    specials = ("<pad>", "</s>", "<s>", "<unk>")
+    rare = tuple(f"<0x{byte:02X}>" for byte in range(256))
+    extra = tuple(f"<extra_id_{number}>" for number in range(300))
+    words = [*((word, 0.0) for word in specials), *((word, -10.0) for word in rare), ("\u2581", -2.0)]
+    words += [*((f"\u2581{word}", -1.0) for word in ("a", "red", "balloon")), *((word, 0.0) for word in extra)]
+    backend = Tokenizer(Unigram(words, unk_id=3, byte_fallback=True))
+    backend.pre_tokenizer = Metaspace()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 300, "additional_special_tokens": extra}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | about))
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))

@@ -116,6 +116,13 @@ def test_the_name_that_other_projects_call_gives_a_video_and_a_status(client: Cl
     assert len(job.outputs()) > 3 and "Block 1 of" in str(job.outputs())
 
 
+def test_it_has_the_options_that_the_device_needs(server: Server, client: Client, monkeypatch) -> None:
+    monkeypatch.setattr(server.pipeline, "preset", {"fp8": True, "taehv": True}, raising=False)
+    client.predict("a red ball", 7, 16, api_name="/video_generation_handler_streaming")
+    request = server.pipeline.requests[-1]
+    assert (request.taehv, request.fp8, request.compile) == (True, True, False)
+
+
 def test_compare_gives_both_videos_in_one_and_what_they_come_to(server: Server, client: Client) -> None:
     job = client.submit(prompt="a red ball", seconds=1, a="taehv=on,fp8=on", b="fp8=on", api_name="/compare")
     updates = list(job)

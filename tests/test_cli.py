@@ -109,6 +109,17 @@ def test_without_json_it_says_what_it_made(run, tmp_path: Path) -> None:
     assert "does not know" in result.stderr
 
 
+def test_what_the_device_needs_on_is_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = ScriptedPipeline()
+    pipeline.preset = {"fp8": True, "taehv": True}
+    given = ["a ball", "--seconds", "1", "--taehv"]
+    assert cli.main(given, load=lambda folder, device: pipeline) == 0
+    (request,) = pipeline.requests
+    assert (request.taehv, request.fp8, request.compile) == (True, True, False)
+    assert "There is little memory here, so these are on: --fp8." in capsys.readouterr().err
+
+
 def test_a_name_of_its_own_choice_never_replaces_a_file(run, tmp_path: Path) -> None:
     for _ in range(2):
         assert run("a ball", "--seconds", "1", "--seed", "5").returncode == 0

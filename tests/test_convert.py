@@ -21,7 +21,7 @@ from pipeline.checkpoint import strip_prefixes, transformer_from_wan
 from pipeline.errors import DownloadError, WeightsError
 from pipeline.transformer import CausalWanTransformer3DModel
 from tests.hub import golden_weights
-from weights.convert import convert_transformer, write_weights
+from weights.convert import convert_transformer, write_transformer, write_weights
 
 WEIGHTS, ABOUT = golden_weights("case3_kv_chunkwise.safetensors")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -96,6 +96,20 @@ def test_the_key_can_be_chosen_and_the_type_too(converted) -> None:
     out = converted({"generator_ema": WEIGHTS, "generator": other}, key="generator", dtype=torch.float16)
     found = load_file(out / WEIGHTS_FILE)
     assert torch.equal(found["proj_out.bias"], other["head.head.bias"].half())
+
+
+def test_a_download_whose_entry_is_called_otherwise_is_taken(tmp_path: Path, config: Path) -> None:
+    torch.save({"generator": named("model.*")}, tmp_path / "generator.pt")
+    settings = json.loads(config.read_text())
+    write_transformer(tmp_path / "generator.pt", tmp_path, settings, "generator_ema", None, strict=False)
+    assert torch.equal(load_file(tmp_path / WEIGHTS_FILE)["proj_out.bias"], WEIGHTS["head.head.bias"])
+    with pytest.raises(WeightsError, match="no entry 'generator_ema'; it has generator"):
+        write_transformer(tmp_path / "generator.pt", tmp_path, settings, "generator_ema", None)
+
+
+def test_what_is_converted_already_is_said_to_be(converted) -> None:
+    with pytest.raises(WeightsError, match="in diffusers' layout already"):
+        converted(transformer_from_wan(ABOUT["model"], WEIGHTS).state_dict(), "done.safetensors")
 
 
 def test_large_weights_are_written_in_pieces_that_load(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_memory_is_planned_from_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free, total=2 * free))
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=50 * MB)))
 
 
@@ -346,6 +346,26 @@ def test_a_model_without_room_is_not_loaded_on_a_cpu(embedded: ModelNeeds, monke
     with pytest.raises(OptionUnavailable, match="Close other programs"):
         check_exchange(EMBEDDED, "cpu", "auto")
     check_exchange(EMBEDDED, "cpu", "off")
+
+
+def test_a_gpu_is_reached_through_the_main_memory(embedded: ModelNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (8 * memory.GB, 8 * memory.GB))
+    largest = embedded.largest_part // 2  # in bfloat16
+    free_memory(monkeypatch, largest)
+    assert placement_for(EMBEDDED, "cuda", "auto") == Placement()
+    free_memory(monkeypatch, largest - 1)
+    with pytest.raises(OptionUnavailable, match="through the main memory, a part at a time: .* are free"):
+        placement_for(EMBEDDED, "cuda", "auto")
+    check_exchange(EMBEDDED, "cuda", "auto")  # the model before it frees some
+    assert placement_for(EMBEDDED, "cuda", "off") == Placement()
+
+
+def test_a_model_too_large_for_the_card_does_not_drive_the_old_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 0.7 * memory.GB))
+    check_exchange(EMBEDDED, "cuda", "off")
+    with pytest.raises(OptionUnavailable, match="of GPU memory even with everything made small"):
+        check_exchange(EMBEDDED, "cuda", "auto")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 8 * memory.GB))
     check_exchange(EMBEDDED, "cuda", "auto")
 
 
@@ -420,5 +440,6 @@ def test_the_doctor_says_what_to_change() -> None:
     assert "Install torch: " in (doctor.missing_packages(report.packages | {"torch": None}) or "")
     assert doctor.missing_packages(report.packages | {"torchao": None}) is None
     assert "main memory" in doctor.advice(replace(report, free_main_memory=1))[0]
+    assert "through the main memory" in doctor.advice(replace(report, kind="cuda", free_main_memory=1))[0]
     short = report.plan | {"fits": False, "budget": 0}
     assert "lacks" in doctor.advice(replace(report, kind="cuda", plan=short, memory=1, free_memory=1))[0]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch._dynamo.utils import counters
 
 import pipeline as package
@@ -27,8 +28,9 @@ from pipeline.errors import (
     SelfForcingError,
     WeightsError,
 )
-from pipeline.folder import index_entries
+from pipeline.folder import ModelFolder, index_entries
 from pipeline.memory import builders_of
+from tests.hub import write_umt5_tokenizer
 from tests.small import SMALL_SETTINGS, write_model_folder
 
 PROMPT = "a red balloon rises over the mountains"
@@ -193,6 +195,17 @@ def test_a_folder_without_taehv_works_and_says_so(tmp_path: Path) -> None:
         with pytest.raises(OptionUnavailable, match="no TAEHV decoder"):
             make(request(taehv=True))
     assert len(frames(bare)) == 33
+
+
+def test_the_published_tokenizer_spells_what_is_rare_in_bytes(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    shutil.rmtree(folder / "tokenizer")
+    write_umt5_tokenizer(folder / "tokenizer")
+    tokenizer = ModelFolder(folder).load_tokenizer()
+    ids = tokenizer("a Ω balloon", padding="max_length", max_length=10, truncation=True).input_ids
+    spelt = ["\u2581a", "\u2581", "<0xCE>", "<0xA9>", "\u2581balloon", "</s>", *4 * ["<pad>"]]
+    assert ids == tokenizer.convert_tokens_to_ids(spelt)
+    assert Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).encode("a Ω balloon").ids == ids[:6]
 
 
 def test_taehv_is_there_where_the_index_says_so(tmp_path: Path) -> None:

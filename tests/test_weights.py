@@ -637,6 +637,13 @@ def test_verify_looks_at_the_index_too(copy: Store, model: Model) -> None:
         verify(model, copy, lambda progress: None)
 
 
+def test_verify_names_the_command_for_the_same_place(command, store: Store) -> None:
+    code, _, err = command("verify", "small")
+    assert code == 2
+    places = f"--home {store.home} --manifest "
+    assert f"Get it with: python -m weights download small {places}" in err
+
+
 def test_a_download_goes_on_with_the_text_encoder_that_was_chosen(hub: Hub, command, store: Store) -> None:
     hub.status = {"vae.pth": 500}  # after the text encoder
     assert command("download", "small", "--text-encoder", "text-fp8")[0] == 1

@@ -251,7 +251,7 @@ class Endpoints:
         page = self._page
         seconds = min(DEFAULT_SECONDS, page.max_seconds)
         page.generator.wait_for_exchange()
-        checked = page.request(prompt, seed, fps, seconds, False, False, False)
+        checked = page.request(prompt, seed, fps, seconds, *self._preset())
         session = session_of(request)
         page.streams.forget(session)
         try:
@@ -289,16 +289,19 @@ class Endpoints:
         """
         page = self._page
         page.generator.wait_for_exchange()
-        model = page.model_or_none()
-        preset = {} if model is None else model.preset
-        options = [preset.get(name, False) for name in ("taehv", "fp8", "compile")]
-        checked = page.request(prompt, seed, fps, seconds, *options)
+        checked = page.request(prompt, seed, fps, seconds, *self._preset())
         try:
             pair = page.comparer.checked_pair(checked, read_switches("a", a), read_switches("b", b))
             for update in page.comparer.run(pair, session_of(request), sides=False):
                 yield update.files and update.files.both, update.report, _comparison_progress(update)
         except SelfForcingError as error:
             raise refusal(error) from error
+
+    def _preset(self) -> list[bool]:
+        """The model's switches as this device needs them, in the order of a request."""
+        model = self._page.model_or_none()
+        preset = {} if model is None else model.preset
+        return [preset.get(name, False) for name in ("taehv", "fp8", "compile")]
 
 
 def _start_frames(model: AdaptedPipeline) -> list[int] | None:

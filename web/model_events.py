@@ -61,6 +61,7 @@ class _ModelEvents:
 
     def after_switch(self) -> None:
         self._page.generator.forget_paces()
+        self._page.generator.warm_ups.forget()
         self._page.fit_to_model()
 
     def wait(self) -> Values:

@@ -55,6 +55,10 @@ class WarmUps:
             self._goes_on = True
         threading.Thread(target=self._learn, name="learning", daemon=True).start()
 
+    def forget(self) -> None:
+        """What was learnt of a model that is another one now."""
+        self._too_long.clear()
+
     def learns(self, request: GenerationRequest) -> bool:
         """Whether a clip for these options waits or is being made."""
         with self._lock:

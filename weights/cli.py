@@ -178,7 +178,7 @@ def download_model(options: argparse.Namespace) -> None:
 def verify_model(options: argparse.Namespace) -> None:
     model, store = _chosen(options), Store(options.home)
     with _shown(options.json) as listener:
-        count = verify(model, store, listener)
+        count = verify(model, store, listener, _download_command(options))
     _print({"event": "done", "files": count}) if options.json else _write(f"All {count} files are as they came.")
 
 
@@ -211,6 +211,13 @@ def convert_file(options: argparse.Namespace) -> None:
 
 
 # ---- helpers
+
+
+def _download_command(options: argparse.Namespace) -> str:
+    """That puts right what this command was asked about, in the same place."""
+    places = (("--home", options.home, None), ("--manifest", options.manifest, MANIFEST_FILE))
+    given = [f"{flag} {shlex.quote(str(value))}" for flag, value, usual in places if value != usual]
+    return " ".join(["python -m weights download", options.id, *given])
 
 
 def _chosen(options: argparse.Namespace) -> Model:

@@ -234,15 +234,18 @@ def _index(model: Model) -> dict[str, object]:
     return {**index_entries(named), PARTS_FIELD: [part.id for part in model.parts], "settings": dict(model.settings)}
 
 
-def verify(model: Model, store: Store, listener: Listener) -> int:
+def verify(model: Model, store: Store, listener: Listener, again: str | None = None) -> int:
     """Read every file of a model and compare its hash. Returns the number of files.
 
     Loading a model compares times of writing; those of files that have others now, in a copy perhaps, are noted anew.
 
+    Args:
+        again: the command that downloads into this store; default: the one for the usual place.
+
     Raises:
         WeightsError: a file is missing or damaged. Its part is forgotten, so that `download` fetches it again.
     """
-    again = f"python -m weights download {model.id}"
+    again = again or f"python -m weights download {model.id}"
     with store.locked():
         if (presence := store.presence(model)) != "present":
             raise WeightsError(f"{model.title} is {_in_words(presence)}. Get it with: {again}")
