@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -19,24 +20,46 @@ PROMPTS = ("a blue car drives along a snowy road at night", "a white bird flies 
 """For measuring first frames: one that was not asked for before, and again the same."""
 
 
-def speed(session: Session, until: float = math.inf) -> dict[str, Any]:
-    """Frames per second with each decoder, in whole videos, clean pass and decoding included.
+@dataclass(frozen=True)
+class Way:
+    """One way to make a video.
+
+    Attributes:
+        pipeline: that makes it.
+        changes: to the request, as in {"taehv": True}.
+        dtype_limits: whether the limit of the model's dtype is one for it: what multiplies in 8 bits may be faster.
+    """
+
+    pipeline: SelfForcingPipeline
+    changes: Mapping[str, bool] = field(default_factory=dict)
+    dtype_limits: bool = True
+
+
+def decoders(session: Session) -> dict[str, Way]:
+    """The default, with each decoder."""
+    names = ("vae", "taehv")[: 1 + session.has_taehv]
+    return {name: Way(session.pipeline(), {"taehv": name == "taehv"}) for name in names}
+
+
+def speed(session: Session, until: float = math.inf, ways: Mapping[str, Way] | None = None) -> dict[str, Any]:
+    """Frames per second in whole videos, clean pass and decoding included.
 
     Args:
-        until: no video but the first of each decoder is begun after this time of `time.perf_counter`.
+        until: no video but the first of each way is begun after this time of `time.perf_counter`.
+        ways: by name; default: `decoders`.
     """
-    rate = session.rate(session.threads)
-    pipeline, scale = session.pipeline(), session.scale
+    rate, scale = session.rate(session.threads), session.scale
     rows = {}
     with thread_count(session.threads):
-        for decoder in ("vae", "taehv")[: 1 + session.has_taehv]:
-            request = session.request(scale.clip_blocks, taehv=decoder == "taehv")
-            _block_seconds(pipeline, request)
-            clips = [_block_seconds(pipeline, request)]
+        for name, way in (decoders(session) if ways is None else ways).items():
+            request = session.request(scale.clip_blocks, **way.changes)
+            _block_seconds(way.pipeline, request)
+            clips = [_block_seconds(way.pipeline, request)]
             while len(clips) < scale.clips and time.perf_counter() <= until:
-                clips.append(_block_seconds(pipeline, request))
+                clips.append(_block_seconds(way.pipeline, request))
+            decoder = "taehv" if request.taehv else "vae"
             limit = [session.work.block(block, decoder) / rate for block in range(scale.clip_blocks)]
-            rows[decoder] = clip_figures(session, clips, limit)
+            rows[name] = clip_figures(session, clips, limit if way.dtype_limits else None)
     return {
         "threads": session.threads,
         "dtype": str(session.default_dtype).removeprefix("torch."),
@@ -47,28 +70,29 @@ def speed(session: Session, until: float = math.inf) -> dict[str, Any]:
     }
 
 
-def clip_figures(session: Session, clips: Sequence[Sequence[float]], limit: Sequence[float]) -> dict[str, Any]:
+def clip_figures(session: Session, clips: Sequence[Sequence[float]], limit: Sequence[float] | None) -> dict[str, Any]:
     """Figures of several videos of the same length.
 
     Args:
         clips: video -> block -> seconds.
-        limit: block -> the least seconds possible, by `roofline.py`.
+        limit: block -> the least seconds possible, by `roofline.py`; None: not known.
     """
-    blocks = len(limit)
+    blocks = len(clips[0])
     frames, later = session.spec.frames_in(blocks), session.spec.temporal_stride * session.spec.frames_per_block
     sustained = median(frames / sum(clip) for clip in clips)
     last = median(later / clip[-1] for clip in clips) if blocks > 1 else None
     usual = [seconds for clip in clips for seconds in clip[1:]] or [clip[0] for clip in clips]
-    limit_fps = frames / sum(limit)
+    limit_fps = None if limit is None else frames / sum(limit)
+    last_limit = None if limit is None or blocks == 1 else later / limit[-1]
     return {
         "fps": sustained,
         "fps_of_each": [frames / sum(clip) for clip in clips],
         "limit_fps": limit_fps,
-        "of_limit": sustained / limit_fps,
+        "of_limit": None if limit_fps is None else sustained / limit_fps,
         "last_block_fps": last,
-        "last_block_limit_fps": later / limit[-1] if blocks > 1 else None,
-        "last_block_of_limit": last * limit[-1] / later if last is not None else None,
-        "measurement_wrong": sustained > limit_fps,
+        "last_block_limit_fps": last_limit,
+        "last_block_of_limit": None if last is None or last_limit is None else last / last_limit,
+        "measurement_wrong": limit_fps is not None and sustained > limit_fps,
         "times_playback": sustained / session.spec.native_fps,
         "block_seconds_median": median(usual),
         "block_seconds_worst": max(usual),
@@ -76,15 +100,15 @@ def clip_figures(session: Session, clips: Sequence[Sequence[float]], limit: Sequ
     }
 
 
-def first_frame(session: Session) -> dict[str, Any]:
+def first_frame(session: Session, taehv: bool = False) -> dict[str, Any]:
     """Seconds to the first frames of a loaded model, for a new prompt and for one that it remembers."""
     pipeline, found = session.pipeline(), {"new_prompt": [], "cached_prompt": []}
     with thread_count(session.threads):
-        _first(pipeline, session.request(1))
+        _first(pipeline, session.request(1, taehv=taehv))
         for index in range(max(1, session.scale.clips)):
             prompt = f"{PROMPTS[index % len(PROMPTS)]}, {index}"
             for name in found:
-                found[name].append(_first(pipeline, session.request(1, prompt)))
+                found[name].append(_first(pipeline, session.request(1, prompt, taehv=taehv)))
     return {"threads": session.threads, **{name: median(seconds) for name, seconds in found.items()}}
 
 

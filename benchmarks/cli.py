@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,27 @@ def _threads(text: str) -> int:
 
 def run(folder: Path, device_name: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """Measure what is asked for of the model in a folder."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.session import QUICK, Scale, Session
     from benchmarks.watch import WatchedPipeline
-    from pipeline.device import chosen_device
+    from pipeline.device import chosen_device, default_dtype
     from pipeline.folder import ModelFolder
     from pipeline.memory import builders_of
     from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()
     placement = placement_for(folder, device_name, "auto")
+
+    def load(device: torch.device, dtype: torch.dtype) -> WatchedPipeline:
+        wide = device.type == "cuda" and dtype != default_dtype(device)  # a text encoder of twice the size
+        return WatchedPipeline.from_pretrained(
+            folder, device, dtype, replace(placement, text_encoder="offload") if wide else placement
+        )
+
     session = Session(
-        load=lambda device, dtype: WatchedPipeline.from_pretrained(folder, device, dtype, placement),
+        load=load,
         builders=builders_of(folder),
         spec=placement.fitted(ModelFolder(folder).spec),
         device=chosen_device(device_name),
@@ -203,6 +211,10 @@ def measure(
             missing[name] = str(error)
         except torch.OutOfMemoryError:
             missing[name] = "The memory of the GPU does not suffice for it."
+        if session.device.type == "cuda":
+            # Float32 was for this part, and the next one may start a process that loads the model once more.
+            session.forget(torch.float32)
+            session.release_caches()
     compared = parts.get("reference")
     result = {
         "schema": SCHEMA,

@@ -14,6 +14,7 @@ from benchmarks.machine import product_rate
 from benchmarks.roofline import BlockWork, count_work
 from benchmarks.watch import Clock, Reading, WatchedPipeline, WatchedReference, clock_for
 from pipeline.config import GenerationRequest, ModelSpec
+from pipeline.device import default_dtype
 from pipeline.failures import free_memory
 from pipeline.memory import Builders
 
@@ -41,11 +42,6 @@ class Scale:
 
 QUICK = Scale(rounds=5, blocks=3, clips=1, clip_blocks=3, rollout_seconds=5.0, length_blocks=4)
 """Enough to see that everything works; not meant to be published."""
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What a model works in on this device, if nobody says otherwise."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 LoadPipeline = Callable[[torch.device, torch.dtype], WatchedPipeline]
@@ -122,7 +118,7 @@ class Session:
 
     def request(self, blocks: int, prompt: str = PROMPT, **changes: Any) -> GenerationRequest:
         """A video of so many blocks at the model's own rate."""
-        seconds = self.spec.frames_in(blocks) / self.spec.fps
+        seconds = self.spec.seconds_for(blocks, self.spec.fps)
         return replace(GenerationRequest(prompt=prompt, seed=SEED, seconds=seconds), **changes)
 
     @property

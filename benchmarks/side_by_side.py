@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
@@ -100,19 +101,24 @@ def against_reference(session: Session, agreement: Agreement, until: float = mat
     with_bf16 = not machine.emulates_bfloat16(session.device)
     taehv = {"taehv": session.has_taehv}
 
-    def variants(dtype: torch.dtype, suffix: str, copies: bool) -> dict[str, Variant]:
+    def variants(dtype: torch.dtype, suffix: str) -> dict[str, Variant]:
         ours, reference = session.pipeline(dtype), session.reference(dtype)
-        found = {OURS + suffix: ours, REFERENCE + suffix: reference}
-        if copies:
-            found[AGAIN + suffix] = WatchedPipeline.beside(ours)
+        found = {OURS + suffix: ours, REFERENCE + suffix: reference, AGAIN + suffix: WatchedPipeline.beside(ours)}
         return {name: Variant(pipeline, taehv, encode=True) for name, pipeline in found.items()}
 
-    compared = variants(fp32, "", True)
-    if with_bf16:
-        compared |= variants(bf16, BF16, True)
+    groups = [(fp32, ""), (bf16, BF16)] if with_bf16 else [(fp32, "")]
+    # A CPU's ratios go from one dtype to the other, and need both at once; a GPU's do not, and it may lack the memory.
+    at_once = [groups] if base == fp32 else [[group] for group in groups]
+    timings: dict[str, Timing] = {}
     with thread_count(session.ratio_threads):
-        requests, rounds = _requests(session), session.scale.rounds
-        timings = interleave(compared, requests, rounds, session.clock, seed=SEED, until=until)
+        requests, rounds, began = _requests(session), session.scale.rounds, time.perf_counter()
+        for number, together in enumerate(at_once, 1):
+            compared = {name: made for dtype, suffix in together for name, made in variants(dtype, suffix).items()}
+            end = began + (until - began) * number / len(at_once)
+            timings |= interleave(compared, requests, rounds, session.clock, seed=SEED, until=end)
+            if number < len(at_once):
+                del compared
+                session.forget(fp32)
     table = RatioTable(session, timings)
     default, copies = ("", (OURS, AGAIN)) if base == fp32 else (BF16, (OURS + BF16, AGAIN + BF16))
     rows = {
@@ -138,8 +144,8 @@ def against_reference(session: Session, agreement: Agreement, until: float = mat
         "decoder": "taehv" if session.has_taehv else "vae",
         "threads": session.ratio_threads,
         "rows": rows,
-        "block_milliseconds": {name: table.by_block(name) for name in compared},
-        "video_milliseconds": {name: table.milliseconds(name, "stream") for name in compared},
+        "block_milliseconds": {name: table.by_block(name) for name in timings},
+        "video_milliseconds": {name: table.milliseconds(name, "stream") for name in timings},
     }
 
 

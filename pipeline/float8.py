@@ -65,7 +65,7 @@ class Float8Form:
     def sentence(self) -> str:
         """For people."""
         if self.row_wise:
-            return "Row-wise arithmetic in 8 bits (torchao)."
+            return "Row-wise arithmetic in 8 bits (torchao): faster with torch.compile only."
         return f"Weights only, because {self.why}."
 
 

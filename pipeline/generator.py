@@ -227,11 +227,14 @@ class SelfForcingPipeline:
                 self._rollout = None
 
     def warm_up(self, compile: bool = False) -> None:
-        """Make a block or two for nobody, so that one-off costs are paid before the first visitor comes.
+        """Make some blocks for nobody, so that one-off costs are paid before the first visitor comes.
+
+        On a GPU as many as fill the cache: some kernels are made ready for each length of it, in tenths of a second.
 
         With `compile`, also begin to compile what later runs with that option need, which goes on in the background.
         """
-        seconds = self.spec.seconds_for(2, self.spec.fps)
+        blocks = 2 if self.device.type == "cpu" else self.spec.window_frames // self.spec.frames_per_block + 1
+        seconds = self.spec.seconds_for(blocks, self.spec.fps)
         request = GenerationRequest(prompt="a first look around", seed=0, seconds=seconds, **self.preset)
         if compile:
             self.compiled.waits = False

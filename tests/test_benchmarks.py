@@ -31,6 +31,7 @@ from benchmarks.session import QUICK, Session, default_dtype
 from benchmarks.watch import Reading, WatchedPipeline, WatchedReference, clock_for
 from pipeline import GenerationRequest, options, video
 from pipeline import cli as cli_pipeline
+from pipeline.attention_backends import BACKENDS, AttentionChoice
 from pipeline.compiled_runs import CompiledRuns
 from pipeline.config import ModelSpec
 from pipeline.folder import ModelFolder
@@ -530,11 +531,32 @@ def test_the_gpu_command_runs_through_in_small(
     assert result["parts"]["agreement"]["holds"]
     assert list(result["parts"]["reference"]) == ["reference", "reference, flash"]
     assert set(result["parts"]["switches"]) == {"taehv", "fp8"}
+    assert "compile" in result["parts"]["optimised"]["unavailable"]
     lines = capsys.readouterr().out.splitlines()
     table = list(itertools.dropwhile(lambda line: not line.startswith("what "), lines))
     assert any(line.startswith("sustained, taehv") for line in table)
     assert any(line.startswith("times the reference, block") for line in table)
     assert "the same video" in lines[lines.index(table[0]) - 1]
+
+
+def test_what_the_targets_are_about_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    completed: list[GenerationRequest] = []
+    monkeypatch.setattr(gpu, "forced", lambda pipeline, name: AttentionChoice("math", BACKENDS["math"].make(None)))
+    monkeypatch.setattr(CompiledRuns, "complete", lambda self, request, stream: completed.append(request))
+    monkeypatch.setattr(CompiledRuns, "prepare", lambda self, request, stream: self.state(request))
+    monkeypatch.setattr(WatchedPipeline, "unavailable_options", lambda self: {})
+    monkeypatch.setattr(gpu, "PARTS", {"optimised": gpu.optimised})
+    result = gpu.run(torch.device("cpu"), gpu.parse(["--small"]))
+    found = result["parts"]["optimised"]
+    assert (
+        list(found["rows"]) == list(found["compiling_seconds"]) == ["compile", "compile + fp8", "compile + fp8 + sage"]
+    )
+    assert all(request.compile and request.taehv for request in completed)
+    assert [request.fp8 for request in completed] == [False, True, True]
+    limits = [row["limit_fps"] for row in found["rows"].values()]
+    assert limits[0] > 0 and limits[1:] == [None, None]
+    text = gpu.as_text(result)
+    assert "sustained, compile + fp8 + sage" in text and "compiling, compile" in text
 
 
 def test_the_gpu_command_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
