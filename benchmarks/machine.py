@@ -20,7 +20,7 @@ except ImportError:  # on Windows
     resource = None
 
 from pipeline import container
-from pipeline.device import processor_name
+from pipeline.device import has_bfloat16, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "triton", "torchao")
@@ -77,7 +77,7 @@ def load() -> float:
 
 def emulates_bfloat16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 by way of float32, many times more slowly: processors without AVX-512."""
-    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not has_bfloat16(device)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

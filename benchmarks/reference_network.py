@@ -106,7 +106,7 @@ class ReferenceTransformer:
 
     def make_cache(self, window: CacheWindow, height: int, width: int) -> ReferenceCache:
         rows, columns = self._model.token_grid(height, width)
-        shape = (1, window.total_frames * rows * columns, self.config.num_attention_heads, -1)
+        shape = (1, window.window_frames * rows * columns, self.config.num_attention_heads, -1)
 
         def buffer() -> Tensor:
             size = (*shape[:3], self.config.attention_head_dim)
@@ -157,7 +157,7 @@ class ReferenceTransformer:
         key = self._rotated(key, grid, cache.start_frame).type_as(value)
 
         tokens, window = cache.frame_tokens, cache.window
-        sink, size, added = window.sink_frames * tokens, window.total_frames * tokens, key.shape[1]
+        sink, size, added = window.sink_frames * tokens, window.window_frames * tokens, key.shape[1]
         end = cache.start_frame * tokens + added
         # What is known without asking the device: theirs does not ask either while the window has room, for their
         # attention is global then. Past it they need local attention, which asks in every pass.

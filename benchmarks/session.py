@@ -14,7 +14,7 @@ from benchmarks.machine import product_rate
 from benchmarks.roofline import BlockWork, count_work
 from benchmarks.watch import Clock, Reading, WatchedPipeline, WatchedReference, clock_for
 from pipeline.config import GenerationRequest, ModelSpec
-from pipeline.device import default_dtype
+from pipeline.device import default_dtype, taehv_dtype
 from pipeline.failures import free_memory
 from pipeline.memory import Builders
 
@@ -67,7 +67,7 @@ class Session:
     folder: str | None
     scale: Scale = field(default_factory=Scale)
     threads: int = 1
-    _loaded: dict[torch.dtype, WatchedPipeline] = field(default_factory=dict)
+    _loaded: dict[torch.dtype | None, WatchedPipeline] = field(default_factory=dict)
     _references: dict[torch.dtype, WatchedReference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,11 +92,14 @@ class Session:
         return reading.cpu if self.device.type == "cpu" else reading.wall
 
     def pipeline(self, dtype: torch.dtype | None = None) -> WatchedPipeline:
-        """The pipeline as it is by default, in this dtype."""
-        dtype = dtype or self.default_dtype
+        """The pipeline, all of it in this dtype; None: as it is by default, TAEHV perhaps in another one."""
         if dtype not in self._loaded:
-            self._loaded[dtype] = self.load(self.device, dtype)
+            self._loaded[dtype] = self._default_pipeline() if dtype is None else self.load(self.device, dtype)
         return self._loaded[dtype]
+
+    def _default_pipeline(self) -> WatchedPipeline:
+        whole, rough = self.pipeline(self.default_dtype), taehv_dtype(self.device)
+        return whole if rough == self.default_dtype else WatchedPipeline.beside(whole, taehv_dtype=rough)
 
     def reference(self, dtype: torch.dtype | None = None) -> WatchedReference:
         dtype = dtype or self.default_dtype

@@ -92,7 +92,8 @@ def against_reference(session: Session, agreement: Agreement, until: float = mat
     """The ratios of `SPEEDUPS`, and what they rest on.
 
     All have the same baseline, the reference mode in the dtype that is the device's default; only `block_fp32` has
-    float32 on both sides. `stream` decodes with TAEHV, if the model has it, and encodes each block.
+    float32 on both sides. `stream` decodes with TAEHV, if the model has it, in the dtype that is ours by default and
+    the transformer's in the reference mode, and encodes each block.
 
     Args:
         until: see `interleave`.
@@ -102,7 +103,7 @@ def against_reference(session: Session, agreement: Agreement, until: float = mat
     taehv = {"taehv": session.has_taehv}
 
     def variants(dtype: torch.dtype, suffix: str) -> dict[str, Variant]:
-        ours, reference = session.pipeline(dtype), session.reference(dtype)
+        ours, reference = session.pipeline(None if dtype == base else dtype), session.reference(dtype)
         found = {OURS + suffix: ours, REFERENCE + suffix: reference, AGAIN + suffix: WatchedPipeline.beside(ours)}
         return {name: Variant(pipeline, taehv, encode=True) for name, pipeline in found.items()}
 
@@ -165,6 +166,8 @@ def switches(session: Session, until: float = math.inf) -> dict[str, Any]:
         else:
             beside = WatchedPipeline.beside(ours, own_weights=name == "fp8")
             variants[name] = Variant(beside, {name: True})
+    if ours is not (whole := session.pipeline(session.default_dtype)) and session.has_taehv:
+        variants["taehv, all in float32"] = Variant(WatchedPipeline.beside(whole), {"taehv": True})
     other = torch.bfloat16 if session.default_dtype == torch.float32 else torch.float32
     if machine.emulates_bfloat16(session.device):
         missing["bfloat16"] = EMULATED

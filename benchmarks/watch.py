@@ -101,6 +101,7 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
         window: tuple[int, int] | None = None,
         own_weights: bool = False,
         attention: AttentionChoice | None = None,
+        taehv_dtype: torch.dtype | None = None,
     ) -> Self:
         """Another pipeline with the same weights and a state of its own.
 
@@ -108,16 +109,20 @@ class WatchedPipeline(Watched, SelfForcingPipeline):
             window: of its cache, in latent frames, and how many of them are the sink, if it shall be another.
             own_weights: its transformer is a copy, for switches that change weights.
             attention: what attends; default: what does in the other pipeline.
+            taehv_dtype: in which it has a copy of TAEHV, if it shall have one.
         """
         model = pipeline._transformer.apply(fp8=False, compile=False)
         changed = {} if window is None else dict(zip(("window_frames", "sink_frames"), window, strict=True))
         decoders = pipeline._decoders
+        taehv = decoders[True].weights if True in decoders else None
+        if taehv is not None and taehv_dtype is not None:
+            taehv = copy.deepcopy(taehv).to(taehv_dtype)
         return cls(
             replace(pipeline.spec, **changed),
             TransformerOptions(lambda: copy.deepcopy(model) if own_weights else twin(model)),
             encoder_beside(pipeline.text),
             decoders[False].weights,
-            decoders[True].weights if True in decoders else None,
+            taehv,
             merge_clean_pass=merge_clean_pass,
             attention=attention or pipeline.attention,
         )

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.attention_backends import AttentionShapes, choose_attention
 from pipeline.container import limit_threads
-from pipeline.device import chosen_device, default_dtype
+from pipeline.device import chosen_device, default_dtype, taehv_dtype
 from pipeline.errors import WeightsError
 from pipeline.float8 import store_in_8_bits
 from pipeline.folder import ModelFolder
@@ -30,13 +30,14 @@ def load_parts(
     """The arguments of `SelfForcingPipeline` by name. Its `from_pretrained` tells what is taken and raised here."""
     limit_threads()
     target = chosen_device(device)
+    dtypes = {"taehv": dtype or taehv_dtype(target)}
     dtype = dtype or default_dtype(target)
     source = ModelFolder(folder)
     spec = placement.fitted(source.spec)
 
     def load(name: str) -> Any:
         report_loading(f"Loading the {name.replace('_', ' ')}", LOADED_SHARE * source.share_before(name))
-        part = source.load(name, dtype)
+        part = source.load(name, dtypes.get(name, dtype))
         if name != "text_encoder":
             return part.to(target)
         if placement.text_fp8:

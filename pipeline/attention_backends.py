@@ -32,7 +32,7 @@ LIKELY_NOISE = 0.05
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest relative error of an exact backend, by the model's dtype: some roundings of numbers and probabilities."""
 APPROXIMATE_TOLERANCE = 0.15
-"""Of 8 bits: what is worse than that is broken."""
+"""Largest relative error of an 8-bit backend: one with more is broken."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -82,7 +82,7 @@ class AttentionShapes:
 
     @classmethod
     def of(cls, config: Any, spec: ModelSpec) -> AttentionShapes:
-        """Of a model's transformer config and its spec."""
+        """Those of a model, by its transformer's config and its spec."""
         _, patch_h, patch_w = config.patch_size
         _, height, width = spec.latent_shape(config.in_channels)
         frame = (height // patch_h) * (width // patch_w)
@@ -239,7 +239,7 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """Of a call on the current GPU, the median of some."""
+    """Median time of `TIMED_CALLS` calls on the current GPU."""
     for _ in range(WARM_UP_CALLS):
         call()
     times = []

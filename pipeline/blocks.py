@@ -77,7 +77,7 @@ class StreamingPipeline(Protocol):
 
     spec: ModelSpec
     takes_start: bool
-    """Whether it goes on from a request's `start`. Where this is missing, no request with one may be made."""
+    """Whether it goes on from a request's `start`. One without this attribute must not be given a request with any."""
 
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:
         """Yield the blocks of one clip, calling `pipeline.control.checkpoint()` at every denoising step."""

@@ -50,10 +50,6 @@ class CacheWindow:
     def ring_frames(self) -> int:
         return self.window_frames - self.sink_frames - self.block_frames
 
-    @property
-    def total_frames(self) -> int:
-        return self.block_frames + self.sink_frames + self.ring_frames
-
     def filled(self, finished: int) -> int:
         """Frames in sink and ring after `finished` frames of a run."""
         return min(finished, self.sink_frames + self.ring_frames)
@@ -247,8 +243,8 @@ class KVCache:
         block_tokens = window.block_frames * frame_tokens
         self.layers = [
             LayerCache(
-                buffer(window.total_frames),
-                buffer(window.total_frames),
+                buffer(window.window_frames),
+                buffer(window.window_frames),
                 buffer(window.sink_frames),
                 block_tokens,
                 leaky,

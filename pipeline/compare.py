@@ -17,14 +17,12 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from pipeline.blocks import FrameBlock, StreamingPipeline
-from pipeline.config import MAX_SEED, GenerationRequest, ModelSpec, check_available
+from pipeline.config import MAX_SEED, OPTIONS, GenerationRequest, ModelSpec, check_available
 from pipeline.errors import Cancelled, InvalidRequest, SelfForcingError
 from pipeline.frame_file import FrameFile, free_bytes
 from pipeline.meter import RunMeter
 from pipeline.worker import ModelWorker, Run
 
-SWITCHES = ("taehv", "fp8", "compile")
-"""What the two sides may differ in."""
 DECODER_SWITCHES = ("taehv",)
 """Those that act after the transformer: they cannot change the latents."""
 
@@ -55,10 +53,10 @@ def read_switches(side: str, texts: str | Sequence[str]) -> dict[str, bool]:
     parts = [part.strip() for text in ([texts] if isinstance(texts, str) else texts) for part in str(text).split(",")]
     for part in parts:
         name, _, value = (piece.strip().lower() for piece in part.partition("="))
-        if name not in SWITCHES or value not in ("on", "off"):
+        if name not in OPTIONS or value not in ("on", "off"):
             raise InvalidRequest(
                 f"{side} has {part[:40]!r}, but must be name=on or name=off, with commas between several. "
-                f"The names are {', '.join(SWITCHES)}."
+                f"The names are {', '.join(OPTIONS)}."
             )
         if name in switches:
             raise InvalidRequest(f"{side} names {name} twice.")
@@ -82,8 +80,8 @@ class Pair:
         Raises:
             InvalidRequest: the sides are equal, or name something that is no switch.
         """
-        if unknown := {*a, *b} - set(SWITCHES):
-            raise InvalidRequest(f"The sides name {sorted(unknown)}, but can differ in {', '.join(SWITCHES)} only.")
+        if unknown := {*a, *b} - set(OPTIONS):
+            raise InvalidRequest(f"The sides name {sorted(unknown)}, but can differ in {', '.join(OPTIONS)} only.")
         if request.seed == -1:
             request = replace(request, seed=secrets.randbelow(MAX_SEED + 1))
         pair = cls(replace(request, **a), replace(request, **b))
@@ -94,7 +92,7 @@ class Pair:
     @property
     def differs(self) -> tuple[str, ...]:
         """The switches in which the sides differ."""
-        return tuple(name for name in SWITCHES if getattr(self.a, name) != getattr(self.b, name))
+        return tuple(name for name in OPTIONS if getattr(self.a, name) != getattr(self.b, name))
 
     @property
     def differs_in(self) -> str:
@@ -155,7 +153,7 @@ class Side:
         assert self.meter is not None
         return {
             "label": self.label,
-            **{name: getattr(self.request, name) for name in SWITCHES},
+            **{name: getattr(self.request, name) for name in OPTIONS},
             "applied": dict(self.meter.run.applied),
             "prepare_seconds": round(self.prepare_seconds, 4),
             "time_to_first_frame": round(self.meter.time_to_first_frame, 4),

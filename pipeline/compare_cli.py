@@ -23,7 +23,8 @@ from pipeline.cli import (
     say,
     say_unknown_words,
 )
-from pipeline.compare import SWITCHES, Comparison, Pair, read_switches
+from pipeline.compare import Comparison, Pair, read_switches
+from pipeline.config import OPTIONS
 from pipeline.worker import ModelWorker
 
 
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_video_arguments(parser)
-    names = ", ".join(SWITCHES)
+    names = ", ".join(OPTIONS)
     for side, place in (("a", "left"), ("b", "right")):
         parser.add_argument(
             f"--{side}",
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "not named: off, but for those that the device needs on",
         )
     add_output_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(SWITCHES, False))
+    parser.set_defaults(**dict.fromkeys(OPTIONS, False))
     return parser.parse_args(argv)
 
 

@@ -57,13 +57,13 @@ class CompileState:
     seconds_left: float | None = None
     """None: nobody knows yet."""
     reason: str = ""
-    """Of a failure, in a sentence for the user."""
+    """Why it failed, in a sentence for the user."""
     to_learn: bool = False
     """Whether a clip with these options, made now, would show more that can be compiled."""
 
     @property
     def share(self) -> float:
-        """Of the compilations, 0 to 1."""
+        """Share of the compilations that are done, 0 to 1."""
         return self.done / self.total if self.total else 0.0
 
     @property
@@ -248,7 +248,7 @@ class Compiler:
                 self._thread.start()
 
     def state(self, pieces: Iterable[Piece]) -> CompileState:
-        """Of what consists of these pieces."""
+        """Progress of compiling these pieces."""
         pieces = list(pieces)
         with self._lock:
             known = sum(len(piece.known) for piece in pieces)
@@ -342,7 +342,7 @@ class Compiler:
         failure, passing = None, False
         try:
             self._compile(unit)
-        except BaseException as error:  # noqa: BLE001 - whatever it is: the model works without compiled code
+        except BaseException as error:  # whatever it is: the model works without compiled code
             logger.error("torch.compile failed", exc_info=error)
             failure, passing = failure_sentence(error), _out_of_memory(error)
         with self._lock:
@@ -408,7 +408,7 @@ def _first_cause(error: BaseException, length: int = 200) -> str:
     """What began it, with its kind: whoever reports the failure copies that."""
     *_, first = causes(error)
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    # Of a C++ compiler's words, which torch hands on whole, its complaint; else the first line that is no heading.
+    # torch passes on a C++ compiler's whole output: take its `error:` line, else the first line that is no heading.
     complaints = [line for line in lines if "error: " in line]
     said = next(iter(complaints or [line for line in lines if not line.endswith(":")]), "")
     told = f"{type(first).__name__}: {said}" if said else type(first).__name__

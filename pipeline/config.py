@@ -24,14 +24,17 @@ from pipeline.start import Start
 
 MAX_PROMPT_CHARS = 2000
 _MAX_REPAIRED_CHARS = 4 * MAX_PROMPT_CHARS
-"""Longer texts are not repaired. The time for it grows with the square of what a hostile text nests: minutes."""
+"""Longer texts are not repaired: the time for it grows with the square of the nesting, so a hostile text could take
+minutes."""
 _ENDLESS_REFERENCE = re.compile("&#[0-9]{20,};?")
 """An HTML character code beyond all characters, with more digits than Python may be willing to read."""
 MAX_SEED = 2**32 - 1
 MAX_VARIANT = 99
-"""Of suggestions for a prompt."""
+"""Highest number of a suggestion for a prompt."""
 SECONDS_RANGE = (0.1, 600.0)
 FPS_RANGE = (1.0, 60.0)
+OPTIONS = ("taehv", "fp8", "compile")
+"""What a request switches on or off."""
 ATTENTION_NAMES = ("auto", "sdpa", "cudnn", "flash", "efficient", "math", "fa3", "fa2", "sage")
 """What attends: see `attention_backends.py`. `auto` measures."""
 
@@ -45,7 +48,7 @@ class ModelSpec:
     height: int
     width: int
     fps: float
-    """Default playback rate. The tutorial's 6 for the full model, the native rate for the embedded one."""
+    """Default playback rate; below `native_fps` where the model is too slow for it on most machines."""
     native_fps: float
     """The rate the model was trained at: motion looks natural at this rate."""
     frames_per_block: int
@@ -112,7 +115,7 @@ class ModelSpec:
 
     @classmethod
     def of_folder(cls, folder: Path) -> ModelSpec:
-        """Read the spec of a model folder, at nothing else of which this looks.
+        """Read the spec from a model folder's index; no other file is looked at.
 
         Raises:
             WeightsError: its index cannot be read, or its settings cannot be used.
@@ -151,7 +154,8 @@ class ModelSpec:
         return channels, self.height // self.spatial_stride, self.width // self.spatial_stride
 
     def frames_in(self, num_blocks: int) -> int:
-        """Video frames in a clip of `num_blocks` blocks: the first latent frame is one video frame, the others four."""
+        """Video frames in a clip of `num_blocks` blocks: the first latent frame is one video frame, each other
+        one `temporal_stride`."""
         return 1 + self.temporal_stride * (self.frames_per_block * num_blocks - 1)
 
     def blocks_for(self, seconds: float, fps: float) -> int:
@@ -171,7 +175,7 @@ class ModelSpec:
 
     @property
     def most_start_blocks(self) -> int:
-        """Of a video that a clip goes on from: as many as attention can see at once. More would hardly be noticed."""
+        """Most blocks of a video that a clip may go on from: what attention can see at once, for more hardly shows."""
         return self.window_frames // self.frames_per_block
 
     def length(self, seconds: float, fps: float, start: Start | None = None) -> tuple[int, int]:
@@ -239,7 +243,7 @@ class GenerationRequest:
         put("seconds", checked_number("seconds", self.seconds, *SECONDS_RANGE))
         if self.fps is not None:
             put("fps", checked_number("fps", self.fps, *FPS_RANGE))
-        for name in ("taehv", "fp8", "compile"):
+        for name in OPTIONS:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} is {_shown(getattr(self, name))}, but must be true or false.")
         if not isinstance(self.start, Start | None):

@@ -22,6 +22,7 @@ from pipeline.cli import (
     check_device_name,
     say,
 )
+from pipeline.config import OPTIONS
 from pipeline.disk import free_disk
 from pipeline.errors import InvalidRequest, OptionUnavailable, WeightsError
 from pipeline.process import quiet_libraries
@@ -29,7 +30,7 @@ from pipeline.process import quiet_libraries
 PACKAGES = ("torch", "diffusers", "transformers", "gradio", "huggingface_hub", "imageio-ffmpeg", "torchao", "triton")
 OPTIONAL_PACKAGES = {"torchao", "triton"}
 GB = 2**30
-"""Of memory, as cards have it; disks are told in 10^9 bytes, as they are sold."""
+"""Unit of memory, as cards have it; disks are told in 10^9 bytes, as they are sold."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Report:
     system: str
     packages: dict[str, str | None]
     kind: str
-    """Of the device: `cpu`, `cuda` or `xpu`. Memory is known and planned for the second alone."""
+    """`cpu`, `cuda` or `xpu`. Memory is known and planned for the second alone."""
     device: str
     memory: int | None
     free_memory: int | None
@@ -60,7 +61,7 @@ class Report:
     compile_cache_size: int
     model: str
     needs: dict[str, Any]
-    """Of each part, in bfloat16; see `memory.ModelNeeds`."""
+    """What each part takes in bfloat16; see `memory.ModelNeeds`."""
     plan: dict[str, Any]
     """In the dtype it is loaded in, for a GPU's free memory where that is known, else without a limit; see
     `plan.MemoryPlan`."""
@@ -172,7 +173,7 @@ def _options(device: Any, has_taehv: bool) -> dict[str, str]:
     from pipeline.options import unavailable_options
 
     missing = unavailable_options(device, has_taehv)
-    return {name: missing.get(name, "works") for name in ("taehv", "fp8", "compile")}
+    return {name: missing.get(name, "works") for name in OPTIONS}
 
 
 def _attention(build_transformer: Any, spec: Any, device: Any) -> dict[str, Any]:

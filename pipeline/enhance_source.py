@@ -157,7 +157,7 @@ def _check_memory(folder: Path, shown: str) -> None:
 
 
 def _float32_bytes(folder: Path) -> int:
-    """Of the tensors in a model's safetensors files; files that cannot be read count as nothing."""
+    """Bytes of the tensors in a model's safetensors files; files that cannot be read count as nothing."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         files = {folder / name for name in index["weight_map"].values()}

@@ -15,7 +15,7 @@ class FileHashes:
     """Hashes in hexadecimal."""
 
     together: str
-    """Of the files' bytes, one file after the other."""
+    """SHA-256 of the files' bytes, one file after the other."""
     single: dict[str, str]
     """File name -> that of the file alone."""
 
@@ -26,7 +26,7 @@ def weight_files(part: Path) -> list[Path]:
 
 
 def weight_bytes(part: Path) -> int:
-    """Of those files. A link that leads nowhere counts as nothing: loading says what is wrong with it."""
+    """Bytes of those files. A link that leads nowhere counts as nothing: loading says what is wrong with it."""
     return sum(file.stat().st_size for file in weight_files(part) if file.exists())
 
 

@@ -112,7 +112,7 @@ class SelfForcingPipeline:
         Args:
             folder: diffusers-style: `model_index.json` and a folder for each component.
             device: default: a GPU if there is one, else the CPU.
-            dtype: default: bfloat16 on a GPU, float32 on the CPU.
+            dtype: of all parts; default: bfloat16 on a GPU, float32 on the CPU, but for TAEHV, see `taehv_dtype`.
             placement: where the parts are, and the size of the KV cache; see `plan.plan_for`. Its `fp8` and `taehv` are
                 up to each request, and only offered as `preset`.
             attention: one of `ATTENTION_NAMES`; see `attention_backends.choose_attention`.
@@ -155,13 +155,17 @@ class SelfForcingPipeline:
                 "device": self.device.type,
                 "precision": fp8.precision(self._transformer.dtype) if request.fp8 else dtype,
                 "attention": self.attention.title,
-                "decoder": "TAEHV" if request.taehv else "Wan VAE",
+                "decoder": self._decoder_title(request.taehv),
                 "compile": self.compiled.applied(request, compiled),
                 **self.placement.applied(request.start is not None),
             },
             model=self.spec.name,
             weights_sha256=self.weights_sha256,
         )
+
+    def _decoder_title(self, taehv: bool) -> str:
+        title, dtype = "TAEHV" if taehv else "Wan VAE", self._decoders[taehv].weights.dtype
+        return title if dtype == self._transformer.dtype else f"{title} in {str(dtype).removeprefix('torch.')}"
 
     @torch.inference_mode()
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:

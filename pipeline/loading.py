@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 LOADED_SHARE = 0.9
-"""Of all the work, once everything is read and only a first run is still to come."""
+"""Share of all the work that is done once everything is read and only a first run is still to come."""
 
 
 @dataclass(frozen=True)

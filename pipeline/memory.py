@@ -35,7 +35,7 @@ from pipeline.transformer import CausalWanTransformer3DModel
 
 META = torch.device("meta")
 GB = 2**30
-"""Of memory, as cards have it."""
+"""Unit of memory, as cards have it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def rehearse(builders: Builders, spec: ModelSpec, dtype: torch.dtype, device: to
 
 
 def builders_of(folder: Path) -> Builders:
-    """Of the model in a folder, from its configs alone.
+    """Builders for the model in a folder, from its configs alone.
 
     Raises:
         WeightsError: a config is missing or cannot be read.
@@ -179,7 +179,7 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, those that are shared counted once."""
+    """Bytes of parameters and buffers, those that are shared counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -198,7 +198,7 @@ def _needs(
 def _transformer_needs(
     model: CausalWanTransformer3DModel, work: Callable[[Any], Iterator[None]], dtype: torch.dtype, device: torch.device
 ) -> PartNeeds:
-    """Of both forms of 8 bits, the larger figures: which one a device gets, it may not be here to tell."""
+    """The larger figures of both forms of FP8: the device that decides which one it is may not be here."""
     row_wise = row_wise_bytes(model)
     hooks = [layer.register_forward_pre_hook(_round_input) for layer in model.blocks.modules() if goes_row_wise(layer)]
     _, working = _at_work(model, work, device)

@@ -44,7 +44,7 @@ class TransformerOptions:
         self.config = self._transformer.config
         self.device = self._transformer.device
         self.dtype = self._transformer.dtype
-        """Of the arithmetic, whatever the weights are stored in."""
+        """What it computes in, whatever the weights are stored in."""
         self.fp8_form = form_on(self.device, self.dtype)
         self.fp8 = False
 
@@ -65,7 +65,7 @@ class TransformerOptions:
             self.compiler.withdraw(self.pieces(self.fp8), checkpoint)
         transformer = self._in_8_bits() if fp8 else self._whole()
         pieces = self.pieces(fp8) if compile else ()
-        if pieces is not self._installed:
+        if pieces != self._installed:
             for block in transformer.blocks:
                 for name in CausalWanBlock.COMPILED:
                     vars(block).pop(name, None)

@@ -28,7 +28,7 @@ CARDS = (8, 12, 16, 24, 80)
 DRIVER_BYTES = 600_000_000
 """What the driver and the kernels' own memory take; a common figure, not measured here."""
 SPARE_SHARE = 0.05
-"""Of a card, lost between allocations; likewise."""
+"""Share of a card that is lost between allocations; a common figure, too."""
 
 SHORT_WINDOW, SHORT_SINK = 12, 6
 """A smaller KV cache, in latent frames: with blocks of 3 it is the sink's two blocks, a recent one and the current one,

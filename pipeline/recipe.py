@@ -18,9 +18,9 @@ from pipeline.start import Start
 RECIPE_FORMAT = "self-forcing-recipe"
 RECIPE_VERSION = 1
 STARTED_VERSION = 2
-"""Of a video that began with a picture or a video: programs that do not know of those would make another one."""
+"""Of videos that began with a picture or a video: programs that do not know of those would make another one."""
 COMPARISON_FORMAT = "self-forcing-comparison"
-"""Of a video that shows two side by side: it tells of them, but it cannot be made again from one set of settings."""
+"""Kind of a video that shows two side by side, which cannot be made again from one set of settings."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
 

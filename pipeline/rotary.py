@@ -77,7 +77,7 @@ def _frequencies(channels: int, theta: float) -> torch.Tensor:
 
 
 def _cos_and_sin(angles: torch.Tensor) -> Rotation:
-    """Of angles in float64, rounded to float32."""
+    """Cosine and sine of angles in float64, rounded to float32."""
     return angles.cos().float(), angles.sin().float()
 
 

@@ -27,7 +27,7 @@ class Start:
     frames: np.ndarray
     """uint8 [T, H, W, 3], RGB. One of an image; of a video as many as make whole blocks of latents."""
     sha256: str = ""
-    """Of the file. Frames that are from none get that of their own shape and bytes."""
+    """SHA-256 of the file; for frames from no file, that of their own shape and bytes."""
     source_size: tuple[int, int] | None = None
     """Width and height (pixels) of the file's picture, upright."""
     crop: tuple[int, int, int, int] | None = None

@@ -15,9 +15,9 @@ from pipeline.start import Start, centre_crop
 from pipeline.start_video import read_last_frames
 
 MAX_PIXELS = 16_000_000
-"""Of a picture, and of a video's frames. Looked at before anything is decoded."""
+"""Most pixels of a picture, or of a video's frame. Looked at before anything is decoded."""
 MAX_ASPECT = 8
-"""Of the longer side to the shorter."""
+"""Largest ratio of the longer side to the shorter."""
 MAX_FILE_BYTES = 500_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 START_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".webm", ".mkv")
@@ -92,7 +92,7 @@ def _read_image(path: Path, spec: ModelSpec) -> Start:
         raise InvalidRequest(
             f"The picture is too large; at most {MAX_PIXELS / 1e6:g} megapixels are allowed."
         ) from error
-    except Exception as error:  # noqa: BLE001 - what a decoder raises on damaged data is not told anywhere
+    except Exception as error:  # what a decoder raises on damaged data is not told anywhere
         raise InvalidRequest("The picture is damaged or incomplete and cannot be read.") from error
     target = (spec.width, spec.height)
     left, top, width, height = crop = centre_crop(upright.size, target)

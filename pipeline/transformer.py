@@ -31,7 +31,7 @@ TextKV = list[tuple[torch.Tensor, torch.Tensor]]
 """Cross-attention keys (normalised) and values of every layer, each [B, text_len, heads, head_dim]."""
 
 TimeEmbedding = tuple[torch.Tensor, torch.Tensor]
-"""Of timesteps [B, F], for the head [B, F, C] and for the blocks [B, F, 6, C]. See `embed_time`."""
+"""Embedding of timesteps [B, F], for the head [B, F, C] and for the blocks [B, F, 6, C]. See `embed_time`."""
 
 TIME_EMBEDDING = -1
 """Key under which a forward's `taps` ask for the time embedding."""

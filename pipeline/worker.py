@@ -225,7 +225,7 @@ class ModelWorker:
         self._loading = LoadingState()
         try:
             failures.free_memory()
-        except BaseException as error:  # noqa: BLE001 - a device that broke says so at the first question of any kind
+        except BaseException as error:  # a device that broke says so at the first question of any kind
             logger.error("The memory of the model before could not be freed", exc_info=error)
             return failures.load_failure(error)
         return self._try_to_load()
@@ -257,7 +257,7 @@ class ModelWorker:
                         close()
         except Cancelled:
             pass
-        except BaseException as caught:  # noqa: BLE001 - SystemExit and the like, too: the thread outlives every run
+        except BaseException as caught:  # SystemExit and the like, too: the thread outlives every run
             error = failures.presentable(caught, job.id)
         job.end(error)
 

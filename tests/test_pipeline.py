@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch._dynamo.utils import counters
 
 import pipeline as package
-from pipeline import GenerationRequest, SelfForcingPipeline
+from pipeline import GenerationRequest, SelfForcingPipeline, device
 from pipeline.blocks import FrameBlock
 from pipeline.control import RunControl
 from pipeline.errors import (
@@ -166,7 +166,7 @@ def test_options_act_on_the_next_run_and_can_be_switched_back(pipe: SelfForcingP
     plain = frames(pipe)
     taehv = pipe.generate(request(taehv=True))
     assert taehv.frames.shape == plain.shape and not np.array_equal(taehv.frames, plain)
-    assert taehv.run.applied["decoder"] == "TAEHV"
+    assert taehv.run.applied["decoder"].startswith("TAEHV")
     fp8 = pipe.generate(request(fp8=True))
     assert not np.array_equal(fp8.frames, plain)
     assert fp8.run.applied["precision"] == "float8 weights, float32 arithmetic"
@@ -206,6 +206,19 @@ def test_the_published_tokenizer_spells_what_is_rare_in_bytes(tmp_path: Path) ->
     spelt = ["\u2581a", "\u2581", "<0xCE>", "<0xA9>", "\u2581balloon", "</s>", *4 * ["<pad>"]]
     assert ids == tokenizer.convert_tokens_to_ids(spelt)
     assert Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).encode("a Ω balloon").ids == ids[:6]
+
+
+@pytest.mark.parametrize(("has", "decoder"), [(True, "TAEHV in bfloat16"), (False, "TAEHV")])
+def test_taehv_works_in_bfloat16_where_the_processor_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has: bool, decoder: str
+) -> None:
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: has)
+    plain = SelfForcingPipeline.from_pretrained(folder, "cpu", torch.float32).generate(request(taehv=True))
+    mixed = SelfForcingPipeline.from_pretrained(folder, "cpu").generate(request(taehv=True))
+    assert plain.run.applied["decoder"] == "TAEHV" and mixed.run.applied["decoder"] == decoder
+    assert mixed.run.applied["precision"] == plain.run.applied["precision"] == "float32"
+    differ = np.abs(mixed.frames.astype(int) - plain.frames)
+    assert differ.max() > 0 and differ.mean() < 1 if has else not differ.any()
 
 
 def test_taehv_is_there_where_the_index_says_so(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.device import has_bfloat16
 from pipeline.taehv import TAEHV
 from training import console
 from training.codecs import Codec, TaehvCodec, WanCodec
@@ -35,7 +36,6 @@ from training.decoder_scores import measure, pictures
 from training.network import save_atomically
 from training.optim import Muon, WeightAverage
 from training.pca import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from training.precision import has_bfloat16
 from training.sheets import save_sheet
 
 logger = logging.getLogger(__name__)

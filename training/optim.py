@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline.device import has_bfloat16
 from pipeline.errors import NonFiniteOutput
 from training.parallel import gather_again, local, whole
-from training.precision import has_bfloat16
 from training.settings import OptimizerSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -98,7 +98,7 @@ def read_frames(video: Video, count: int, size: tuple[int, int] | None = None) -
     name = video.path.name
     try:
         frames = list(islice(iio.imiter(video.path, plugin="FFMPEG"), count))
-    except Exception as error:  # noqa: BLE001 - a damaged file makes the reader fail in many ways, none documented
+    except Exception as error:  # a damaged file makes the reader fail in many ways, none documented
         raise TrainingDataError(f"{name} cannot be decoded: it is damaged or no video.") from error
     if len(frames) < count:
         raise TrainingDataError(f"{name} has {len(frames)} frames, but {count} are needed.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from pipeline.compare import read_switches
-from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, SECONDS_RANGE, GenerationRequest
+from pipeline.config import FPS_RANGE, MAX_PROMPT_CHARS, MAX_SEED, OPTIONS, SECONDS_RANGE, GenerationRequest
 from pipeline.errors import InvalidRequest, SelfForcingError
 from web.adapter import AdaptedPipeline
 from web.comparing import ComparisonUpdate
@@ -301,7 +301,7 @@ class Endpoints:
         """The model's switches as this device needs them, in the order of a request."""
         model = self._page.model_or_none()
         preset = {} if model is None else model.preset
-        return [preset.get(name, False) for name in ("taehv", "fp8", "compile")]
+        return [preset.get(name, False) for name in OPTIONS]
 
 
 def _start_frames(model: AdaptedPipeline) -> list[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.compare import SWITCHES
+from pipeline.config import OPTIONS
 from web import status
 from web.comparing import ComparisonUpdate
 
@@ -83,7 +83,7 @@ class ComparePanel:
             preset: Switches that have to be on for want of memory: one side without them would fail.
         """
         choices = self._choices({*unavailable, *preset})
-        kept = [self._labels[name] for name in SWITCHES if name in preset and name not in unavailable]
+        kept = [self._labels[name] for name in OPTIONS if name in preset and name not in unavailable]
         info = f"Not {' or '.join(kept)}: without it this device may lack the memory." if kept else None
         return {
             self.panel: {"visible": bool(choices)},
@@ -92,7 +92,7 @@ class ComparePanel:
         }
 
     def _choices(self, left_out: Collection[str]) -> list[tuple[str, str]]:
-        return [(self._labels[name], name) for name in SWITCHES if name not in left_out]
+        return [(self._labels[name], name) for name in OPTIONS if name not in left_out]
 
 
 def card(update: ComparisonUpdate) -> str:

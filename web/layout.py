@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.config import FPS_RANGE, SECONDS_RANGE
+from pipeline.config import FPS_RANGE, OPTIONS, SECONDS_RANGE
 from pipeline.loading import LoadingState
 from web import pieces, status
 from web.adapter import AdaptedPipeline
@@ -26,7 +26,7 @@ ARRIVAL_POLL_SECONDS = 0.4
 PLACE_POLL_SECONDS = 1.0
 WARMING_POLL_SECONDS = 1.0
 
-OPTIONS = {
+SWITCHES = {
     "compile": ("torch.compile", "Compiled in the background, then used. Meant for GPUs: a CPU gains nothing."),
     "fp8": ("FP8 quantization", "Keeps the weights in 8 bits: about half the memory, slightly different pictures."),
     "taehv": ("TAEHV VAE", "Decodes with a small autoencoder: faster, a bit softer."),
@@ -98,7 +98,7 @@ class Layout:
                 self.start = StartPanel()
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._lay_out_settings(longest)
-                self.compare = ComparePanel({name: label for name, (label, _) in OPTIONS.items()})
+                self.compare = ComparePanel({name: label for name, (label, _) in SWITCHES.items()})
                 self.models = None if menu is None else menu()
                 gr.Examples(
                     examples=[[prompt] for prompt in _examples()],
@@ -122,7 +122,7 @@ class Layout:
     @property
     def inputs(self) -> list[Any]:
         """What makes a request, in the order of its fields for programs."""
-        options = [self.options[name] for name in ("taehv", "fp8", "compile")]
+        options = [self.options[name] for name in OPTIONS]
         return [self.prompt, self.seed, self.fps, self.seconds, *options]
 
     def _lay_out_settings(self, longest: float) -> None:
@@ -140,7 +140,7 @@ class Layout:
         self.settings_notice = gr.HTML("", elem_id="settings-notice", padding=False)
         self.options = {
             name: gr.Checkbox(label=label, info=info, elem_id=f"option-{name}")
-            for name, (label, info) in OPTIONS.items()
+            for name, (label, info) in SWITCHES.items()
         }
 
     @property
@@ -192,7 +192,7 @@ class Layout:
             **self.suggestion.fitted_to(self._help.kinds(model), model),
         }
         for name, option in self.options.items():
-            said = " ".join(filter(None, (OPTIONS[name][1], notes.get(name))))
+            said = " ".join(filter(None, (SWITCHES[name][1], notes.get(name))))
             fitted[option] = {"info": said, "interactive": True}
             if name in self._ticked:
                 fitted[option] |= {"value": True}

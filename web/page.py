@@ -398,7 +398,7 @@ class Page:
                 self.streams.sweep()
                 await asyncio.to_thread(self.generator.store.sweep)
                 await asyncio.to_thread(self.sweep_uploads)
-            except Exception:  # noqa: BLE001 - or one mishap would be the last sweep
+            except Exception:  # or one mishap would be the last sweep
                 logger.exception("Old files could not be removed")
 
 

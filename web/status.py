@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import EMBEDDED_MODEL
+from pipeline.config import OPTIONS
 from pipeline.file_hashes import hash_files, weight_files
 from pipeline.loading import LoadingState
 from pipeline.meter import RunMeter
@@ -145,7 +146,7 @@ def _seed_button(seed: int) -> str:
 def _recipe(recipe: dict[str, Any]) -> str:
     """What it takes to make the video again, as it stands in the file too, and as a command."""
     settings = recipe["settings"]
-    switched_on = ", ".join(name for name in ("taehv", "fp8", "compile") if settings[name]) or "none"
+    switched_on = ", ".join(name for name in OPTIONS if settings[name]) or "none"
     rows = {
         "Prompt": recipe["prompt"],
         "Seed": recipe["seed"],
@@ -180,7 +181,7 @@ def _command(recipe: dict[str, Any]) -> str:
     if recipe["weights_sha256"] != _embedded_sha256():  # only the visitor knows where theirs lies
         words += ["--model", "FOLDER"]
     words += ["--seconds", f"{settings['seconds']:g}", "--fps", f"{settings['fps']:g}"]
-    words += [f"--{name}" for name in ("taehv", "fp8", "compile") if settings[name]]
+    words += [f"--{name}" for name in OPTIONS if settings[name]]
     if start := recipe.get("start"):
         words += [f"--{start['kind']}", "FILE"]
     # After `--`: a prompt may begin as an option does, or be the name of a command.

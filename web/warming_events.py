@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from pipeline.config import GenerationRequest
+from pipeline.config import OPTIONS, GenerationRequest
 from pipeline.errors import SelfForcingError
 from web import status
 from web.events import Values
@@ -19,7 +19,7 @@ def wire_warming(page: Page) -> None:
     """Connect the line. To be called inside the page's blocks."""
     events = _WarmingEvents(page)
     ui = page.ui
-    options = [ui.options[name] for name in ("taehv", "fp8", "compile")]
+    options = [ui.options[name] for name in OPTIONS]
     outputs = [ui.warming, ui.warming_timer]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     gr.on(
