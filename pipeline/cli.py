@@ -142,6 +142,8 @@ def generate(
     """Make the video and write it. Returns what `--json` prints."""
     check_available(request, pipeline.unavailable_options())
     request = with_preset(pipeline, request)
+    if note := pipeline.spec.start_note(request.start):
+        say(note)
     say_unknown_words(pipeline, request)
     began = time.perf_counter()
     encoder: SegmentEncoder | None = None

@@ -66,6 +66,8 @@ class ModelSpec:
     """`relative`: the sink moves along just in front of the oldest recent frame. `absolute`: it stays at 0."""
     context_noise: float = 0.0
     """Noise level (0..1000) at which finished blocks are written into the cache."""
+    trained_on_pictures: bool = False
+    """Whether it has learnt to go on from a block that stands still, which is what a picture to start from becomes."""
     spatial_stride: int = 8
     temporal_stride: int = 4
 
@@ -97,6 +99,8 @@ class ModelSpec:
                 yield f"{name} is {_shown(steps)}, but must be a list of numbers from 1 to 1000"
             if list(steps) != sorted(set(steps), reverse=True):
                 yield f"{name} is {_shown(steps)}, but must fall from step to step"
+        if not isinstance(self.trained_on_pictures, bool):
+            yield f"trained_on_pictures is {_shown(self.trained_on_pictures)}, but must be true or false"
         if self.positions not in ("relative", "absolute"):
             yield f"positions is {_shown(self.positions)}, but must be 'relative' or 'absolute'"
         if self.height % self.spatial_stride or self.width % self.spatial_stride:
@@ -193,6 +197,12 @@ class ModelSpec:
         block_frames = self.temporal_stride * self.frames_per_block
         blocks = max(1, math.floor(seconds * fps / block_frames + 0.5))
         return blocks, len(start.frames) + blocks * block_frames
+
+    def start_note(self, start: Start | None) -> str:
+        """What a user should know of starting from this; empty: nothing. A block of one frame just is the picture."""
+        if start is None or start.kind != "image" or self.frames_per_block == 1 or self.trained_on_pictures:
+            return ""
+        return "This model was not trained to start from a picture, which may stay still. Frame-wise models do it well."
 
     def check_start(self, start: Start | None) -> None:
         """Refuse frames to start from that this model does not take.

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,21 @@ def test_a_video_from_a_picture(model: Path, out: Path, capsys) -> None:
     assert np.array_equal(pipeline.requests[0].start.frames, start.frames)
     assert start.matches(read_recipe("b.mp4")["start"])
     assert [read_code(frame) for frame in read_media("b.mp4").frames][1:] == list(range(1, 25))
+
+
+def test_a_picture_is_not_what_every_model_was_made_for(model: Path, out: Path, capsys) -> None:
+    given = ["--image", "../a.png", "--seconds", "1.5"]
+    told = []
+    for trained in (False, True):
+        pipeline = ScriptedPipeline()
+        pipeline.spec = replace(SPEC, trained_on_pictures=trained)
+        load = partial(lambda made, folder, device: made, pipeline)
+        assert cli.main(["a red ball", "--model", str(model), *given], load=load) == 0
+        told.append("not trained to start from a picture" in capsys.readouterr().err)
+    assert told == [True, False]
+    start = read_start(out.parent / "a.png", SPEC)
+    assert "not trained" in SPEC.start_note(start) and SPEC.start_note(None) == ""
+    assert replace(SPEC, frames_per_block=1).start_note(start) == ""
 
 
 def test_a_video_goes_on(model: Path, out: Path, capsys) -> None:

@@ -28,7 +28,9 @@ from training.settings_file import build
 NAME = "Self-Forcing embedded"
 
 
-def embedded_spec(rollout: RolloutSettings, text_len: int, height: int, width: int, fps: int) -> ModelSpec:
+def embedded_spec(
+    rollout: RolloutSettings, text_len: int, height: int, width: int, fps: int, pictures: bool = False
+) -> ModelSpec:
     """What the model folder says about the model: the rollout it was trained with is the one it samples with."""
     return ModelSpec(
         name=NAME,
@@ -45,6 +47,7 @@ def embedded_spec(rollout: RolloutSettings, text_len: int, height: int, width: i
         sink_frames=rollout.sink_frames,
         positions=rollout.positions,
         context_noise=rollout.context_noise,
+        trained_on_pictures=pictures,
     )
 
 
@@ -81,7 +84,9 @@ def blend(network: CausalWanTransformer3DModel, other: CausalWanTransformer3DMod
             value.lerp_(theirs[name], share)
 
 
-def export(run: Path, data: Path, out: Path, other: Path | None = None, share: float = 0.5) -> None:
+def export(
+    run: Path, data: Path, out: Path, other: Path | None = None, share: float = 0.5, pictures: bool = False
+) -> None:
     """Write the folder beside its place and move it there whole.
 
     Args:
@@ -89,6 +94,7 @@ def export(run: Path, data: Path, out: Path, other: Path | None = None, share: f
         data: the data set's folder, with text/, vae/ and taehv/ in it.
         out: the model folder; replaced if it exists, but for the files this stage does not write (its model card).
         other, share: another run's folder, and how far towards its weights to go.
+        pictures: whether its base was trained on windows that stand still, as a picture to start from does.
 
     Raises:
         WeightsError: `run` is no finished stage with a rollout, or was trained on clips of another size.
@@ -104,7 +110,7 @@ def export(run: Path, data: Path, out: Path, other: Path | None = None, share: f
             f"{run} was trained on clips of {size[1]}x{size[0]} pixels, but those in {data} have "
             f"{info.width}x{info.height}."
         )
-    spec = embedded_spec(rollout, text_len, info.height, info.width, info.fps)
+    spec = embedded_spec(rollout, text_len, info.height, info.width, info.fps, pictures)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         folder = Path(place)
@@ -134,8 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("weights/embedded"))
     parser.add_argument("--blend", type=Path, metavar="RUN", help="take the mean with another run's weights")
     parser.add_argument("--share", type=float, default=0.5, help="of that other run, 0 to 1 (default: 0.5)")
+    parser.add_argument("--pictures", action="store_true", help="its base was trained with clips.still_windows")
     options = parser.parse_args(argv)
-    return console.run(lambda: export(options.run, options.data, options.out, options.blend, options.share))
+    return console.run(
+        lambda: export(options.run, options.data, options.out, options.blend, options.share, options.pictures)
+    )
 
 
 if __name__ == "__main__":

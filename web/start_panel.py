@@ -80,7 +80,7 @@ def preview(start: Start, spec: ModelSpec) -> str:
     return (
         f'<div class="sf-start" style="--sf-pictures: {1 if start.kind == "image" else 2}">{pictures}</div>'
         f'<p class="sf-explained" role="status">{facts}: {spec.width}×{spec.height} pixels{_cut(start)}. '
-        "Length counts what is made after that.</p>"
+        f"Length counts what is made after that. {escape(spec.start_note(start))}</p>"
     )
 
 
