@@ -33,10 +33,10 @@ from pipeline.cli import (
     say,
 )
 from pipeline.config import SECONDS_RANGE
-from pipeline.enhance_language import ENHANCER_HELP, LanguageEnhancer
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.worker import ModelWorker
+from prompting.language import ENHANCER_HELP, LanguageEnhancer
 from web.generation import DEFAULT_MAX_SECONDS
 from web.models import ModelChoices
 from web.page import build_app

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from pipeline.cli import main as make_video
 
-COMMANDS = {"compare": "pipeline.compare_cli", "doctor": "pipeline.doctor", "enhance": "pipeline.enhance_cli"}
+COMMANDS = {"compare": "pipeline.compare_cli", "doctor": "pipeline.doctor", "enhance": "prompting.cli"}
 """First word of the command line -> the module that answers it."""
 
 

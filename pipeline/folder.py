@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from pipeline.config import ModelSpec
-from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import WeightsError
 from pipeline.failures import is_out_of_memory
 from pipeline.file_hashes import FileHashes, hash_files, weight_bytes, weight_files
 from pipeline.load_lock import loading_alone
 from pipeline.taehv import TAEHV
 from pipeline.transformer import CausalWanTransformer3DModel
+from prompting.templates import TEMPLATES_FILE, TemplateEnhancer
 from weights.stored import stored_at
 
 INDEX_FILE = "model_index.json"

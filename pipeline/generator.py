@@ -21,7 +21,6 @@ from pipeline.compiling import CompileState
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, to_uint8
-from pipeline.enhance import Enhancer
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.failures import free_memory
 from pipeline.options import TransformerOptions, unavailable_options
@@ -33,6 +32,7 @@ from pipeline.start_latents import decode_start, encode_start
 from pipeline.taehv import TAEHV
 from pipeline.text import TextEncoder
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV, TimeEmbedding
+from prompting.enhancer import Enhancer
 
 WARM_UP_SECONDS = 10.0
 

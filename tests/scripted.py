@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.config import GenerationRequest, ModelSpec
 from pipeline.control import checkpoint
-from pipeline.enhance import Enhancer
+from prompting.enhancer import Enhancer
 
 CODE_BITS = 12
 CODE_HEIGHT = 1 / 6

@@ -21,11 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline import SelfForcingPipeline, enhance_cli
+from pipeline import SelfForcingPipeline
 from pipeline.cli import EMBEDDED_MODEL
 from pipeline.config import MAX_VARIANT
-from pipeline.enhance_language import MAX_WAITING, LanguageEnhancer, cleaned
-from pipeline.enhance_templates import TEMPLATES_FILE, TemplateEnhancer
 from pipeline.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -37,6 +35,9 @@ from pipeline.errors import (
 )
 from pipeline.folder import ModelFolder
 from pipeline.load_lock import LOAD_LOCK
+from prompting import cli as prompting_cli
+from prompting.language import MAX_WAITING, LanguageEnhancer, cleaned
+from prompting.templates import TEMPLATES_FILE, TemplateEnhancer
 from tests.small import write_language_model, write_model_folder
 from tests.waiting import wait_until
 from training.asked import stated_in
@@ -400,7 +401,7 @@ def test_a_question_that_is_over_makes_room_for_the_next_at_once(folder: Path, m
     language = LanguageEnhancer(str(folder))
     may_load = threading.Event()
     monkeypatch.setattr(language._place, "load", lambda: may_load.wait(10) and 1 / 0)
-    monkeypatch.setattr("pipeline.enhance_language._POLL_SECONDS", 30)  # whoever asked does not notice by itself
+    monkeypatch.setattr("prompting.language._POLL_SECONDS", 30)  # whoever asked does not notice by itself
     askers = [Asker(language) for _ in range(1 + MAX_WAITING)]
     askers[0].start()
     wait_until(lambda: language._current is not None)
@@ -497,7 +498,7 @@ def test_nothing_else_is_loaded_at_the_same_time(folder: Path, tmp_path: Path) -
 def test_a_model_larger_than_the_free_memory_is_not_loaded(folder: Path, monkeypatch) -> None:
     numbers = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4 * numbers - 1))
-    monkeypatch.setattr("pipeline.enhance_source._gigabytes", lambda size: f"{size} B")
+    monkeypatch.setattr("prompting.source._gigabytes", lambda size: f"{size} B")
     language = LanguageEnhancer(str(folder))
     with pytest.raises(OutOfMemory, match=f"needs {4 * numbers} B of memory, but only {4 * numbers - 1} B are free"):
         language.enhance("a ball")
@@ -664,16 +665,16 @@ def test_nothing_is_no_suggestion(written: str) -> None:
 
 
 def test_the_command_prints_text_and_notes(capsys) -> None:
-    assert enhance_cli.main(["a purple balloon"]) == 0
+    assert prompting_cli.main(["a purple balloon"]) == 0
     out, err = capsys.readouterr()
     assert stated_in(out)["subject"] == "balloon" and out.count("\n") == 1 and "purple" in err
-    assert enhance_cli.main(["a purple balloon", "--json", "--variant", "1"]) == 0
+    assert prompting_cli.main(["a purple balloon", "--json", "--variant", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer.keys() == {"text", "notes"} and answer["text"] != out.strip() and "purple" in answer["notes"][1]
 
 
 def test_the_command_asks_a_language_model(folder: Path, capsys) -> None:
-    assert enhance_cli.main(["a red balloon", "--enhancer", str(folder)]) == 0
+    assert prompting_cli.main(["a red balloon", "--enhancer", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) > 3 and "Written by" in err
 
@@ -697,7 +698,7 @@ def test_the_command_ends_with_a_sentence(
     (tmp_path / "model_index.json").write_text("{}")
     monkeypatch.setattr(LanguageEnhancer, "_ask", lambda *_: (" ", False))
     places = {"bare": tmp_path, "silent": folder}
-    assert enhance_cli.main([argument.format(**places) for argument in arguments]) == code
+    assert prompting_cli.main([argument.format(**places) for argument in arguments]) == code
     out, err = capsys.readouterr()
     assert out == "" and reason in err and err.count("\n") == 1
 
@@ -705,9 +706,9 @@ def test_the_command_ends_with_a_sentence(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_command(folder: Path, number: signal.Signals) -> None:
     program = (
-        "import sys, time\nfrom pipeline import __main__, enhance_source\n"
+        "import sys, time\nfrom pipeline import __main__\nfrom prompting import source\n"
         "def load(place):\n    print('loading', flush=True)\n    time.sleep(60)\n"
-        "enhance_source.Place.load = load\nsys.exit(__main__.main(['enhance', 'a ball', '--enhancer', sys.argv[1]]))"
+        "source.Place.load = load\nsys.exit(__main__.main(['enhance', 'a ball', '--enhancer', sys.argv[1]]))"
     )
     command = [sys.executable, "-c", program, str(folder)]
     with subprocess.Popen(

@@ -16,9 +16,9 @@ from gradio_client.exceptions import AppError
 
 import app
 from pipeline.cli import EMBEDDED_MODEL
-from pipeline.enhance import Suggestion
-from pipeline.enhance_templates import TemplateEnhancer
 from pipeline.errors import Cancelled, DeadlineExceeded, SelfForcingError
+from prompting.enhancer import Suggestion
+from prompting.templates import TemplateEnhancer
 from tests.scripted import WORDS, ScriptedPipeline
 from tests.server import Refused, Server, free_port
 from tests.waiting import wait_until

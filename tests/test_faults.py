@@ -596,7 +596,7 @@ def held_across_yield(source: str) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("name", ["pipeline", "web"])
+@pytest.mark.parametrize("name", ["pipeline", "prompting", "web"])
 def test_no_lock_and_no_torch_mode_is_held_across_a_yield(name: str) -> None:
     files = sorted((ROOT / name).rglob("*.py"))
     assert len(files) > 5

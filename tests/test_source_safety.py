@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("pipeline", "weights", "web", "training", "benchmarks", "scripts", "app.py")
+PLACES = ("pipeline", "prompting", "weights", "web", "training", "benchmarks", "scripts", "app.py")
 
 UNPICKLERS = frozenset({"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 HARMLESS = ("pickle.UnpicklingError",)

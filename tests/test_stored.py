@@ -262,7 +262,7 @@ def test_any_other_name_is_only_not_there(tmp_path: Path) -> None:
     assert check_model_folder(write_model_folder(tmp_path / "own")) == tmp_path / "own"
 
 
-@pytest.mark.parametrize("program", ["app", "pipeline.cli", "pipeline.enhance_cli", "pipeline.compare_cli"])
+@pytest.mark.parametrize("program", ["app", "pipeline.cli", "prompting.cli", "pipeline.compare_cli"])
 def test_the_programs_say_it(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], program: str) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
     prompt = [] if program == "app" else ["a ball"]

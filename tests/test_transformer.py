@@ -8,7 +8,6 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from pipeline.cache import CacheWindow
-from pipeline.masks import block_causal, frame_mask
 from pipeline.rotary import apply_rotary, rotary_positions
 from pipeline.transformer import CausalWanTransformer3DModel, gelu
 from tests.small import (
@@ -22,6 +21,7 @@ from tests.small import (
     small_transformer,
     write_blocks,
 )
+from training.masks import block_causal, frame_mask
 
 
 class MaskedProcessor(WanAttnProcessor):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.attributes import AttributeReader
+from prompting.attributes import AttributeReader
 from training import captions, phrasings
 from training.prompts import PromptFile
 from training.world import ATTRIBUTES, MOTIONS, ClipParams, all_params, held_out, sample_params

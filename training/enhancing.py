@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.enhance_templates import FORMAT, TEMPLATES_FILE
+from prompting.templates import FORMAT, TEMPLATES_FILE
 from training import captions, console
 from training.world import IN_SPACE
 
@@ -114,7 +114,7 @@ FILLERS = captions.words(
 
 
 def templates() -> dict[str, Any]:
-    """The contents of the file, as `pipeline.enhance_templates` describes them."""
+    """The contents of the file, as `prompting.templates` describes them."""
     plurals = {
         value: tuple(f"{noun}s" for noun in dict.fromkeys(nouns)) for value, nouns in captions.SUBJECT_NOUNS.items()
     }

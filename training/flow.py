@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.masks import frame_mask, teacher_forcing
 from pipeline.sampler import TRAIN_STEPS, FlowSchedule, add_noise, shifted_time
 from training.ahead import Ahead
 from training.clips import ClipBatch, ClipSampler, open_clips
 from training.draws import Draws
 from training.losses import flow_loss
+from training.masks import frame_mask, teacher_forcing
 from training.network import network_config
 from training.parallel import Processes
 from training.score import ScoreNetwork, solve_ode

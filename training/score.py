@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.masks import block_causal, frame_mask
 from pipeline.sampler import FlowSchedule, add_noise, euler_step, flow_to_clean
 from pipeline.transformer import CausalWanTransformer3DModel, TextKV
 from training.losses import guided
+from training.masks import block_causal, frame_mask
 
 
 class ScoreNetwork:

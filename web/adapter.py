@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.blocks import FrameBlock, RunInfo
 from pipeline.config import GenerationRequest, ModelSpec
-from pipeline.enhance import Enhancer
+from prompting.enhancer import Enhancer
 
 if TYPE_CHECKING:
     from pipeline.compiling import CompileState

@@ -13,9 +13,9 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.enhance import Suggestion
-from pipeline.enhance_language import LanguageEnhancer
 from pipeline.errors import InvalidRequest, OptionUnavailable
+from prompting.enhancer import Suggestion
+from prompting.language import LanguageEnhancer
 from web.adapter import AdaptedPipeline
 
 TEMPLATES, LANGUAGE = "templates", "language"

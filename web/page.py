@@ -14,11 +14,11 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from pipeline.config import SECONDS_RANGE, check_available
-from pipeline.enhance_language import LanguageEnhancer
 from pipeline.errors import InvalidRequest, SelfForcingError, VideoError
 from pipeline.recipe import needed_start, read_recipe, settings_from_recipe, start_sentence
 from pipeline.start import Start
 from pipeline.worker import ModelWorker
+from prompting.language import LanguageEnhancer
 from web import pieces, status, style
 from web.adapter import AdaptedPipeline, adapted
 from web.api import MODEL_QUEUE, add_endpoints

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint import transformer_from_wan
-from pipeline.masks import block_causal, frame_mask, teacher_forcing
 from pipeline.sampler import FlowSchedule, flow_to_clean
 from tests.parity.report import Row, largest_error
 from tests.parity.rollout import TOLERANCE, read
+from training.masks import block_causal, frame_mask, teacher_forcing
 
 EXACT = 0.0
 

@@ -1,7 +1,7 @@
 """Help with prompts: a few words in, a longer prompt out, for a person to read and change before it is used.
 
-Two things can do it: the sentence templates of a model with a small world (`pipeline.enhance_templates`) and a language
-model that the user picks (`pipeline.enhance_language`). Neither ever touches a request by itself.
+Two things can do it: the sentence templates of a model with a small world (`prompting.templates`) and a language
+model that the user picks (`prompting.language`). Neither ever touches a request by itself.
 """
 
 from __future__ import annotations

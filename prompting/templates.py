@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.attributes import ORDER, VERB, AttributeReader, Mention, Reading, words_of
 from pipeline.config import checked_prompt, checked_variant
-from pipeline.enhance import Suggestion
 from pipeline.errors import SelfForcingError, WeightsError
+from prompting.attributes import ORDER, VERB, AttributeReader, Mention, Reading, words_of
+from prompting.enhancer import Suggestion
 
 TEMPLATES_FILE = "enhance.json"
 FORMAT = 1

@@ -111,7 +111,7 @@ class Place:
 
 
 def checked_source(source: str) -> Place:
-    """The place that `source` names; see `enhance_language.LanguageEnhancer`."""
+    """The place that `source` names; see `language.LanguageEnhancer`."""
     folder = Path(source).expanduser()
     is_hub_id = _HUB_ID.fullmatch(source) is not None
     try:

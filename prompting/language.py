@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import MAX_PROMPT_CHARS, checked_prompt, checked_variant
 from pipeline.container import limit_threads
-from pipeline.enhance import Suggestion
-from pipeline.enhance_source import checked_source
 from pipeline.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -30,6 +28,8 @@ from pipeline.errors import (
     SelfForcingError,
 )
 from pipeline.failures import is_out_of_memory
+from prompting.enhancer import Suggestion
+from prompting.source import checked_source
 
 if TYPE_CHECKING:
     import torch

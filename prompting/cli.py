@@ -18,11 +18,11 @@ from pipeline.cli import (
     say,
 )
 from pipeline.config import MAX_VARIANT, checked_prompt, checked_variant
-from pipeline.enhance import Enhancer
-from pipeline.enhance_language import ENHANCER_HELP, LanguageEnhancer
-from pipeline.enhance_templates import TemplateEnhancer
 from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
 from pipeline.process import ignore_interrupts, leave_at_once, quiet_libraries, terminate_like_interrupt
+from prompting.enhancer import Enhancer
+from prompting.language import ENHANCER_HELP, LanguageEnhancer
+from prompting.templates import TemplateEnhancer
 
 MAX_SECONDS = 1800.0
 """Loading may mean a download here, and whoever waits can press Ctrl-C."""
