@@ -30,10 +30,11 @@ DRIVER_BYTES = 600_000_000
 SPARE_SHARE = 0.05
 """Share of a card that is lost between allocations; a common figure, too."""
 
-SHORT_WINDOW, SHORT_SINK = 12, 6
-"""A smaller KV cache, in latent frames: with blocks of 3 it is the sink's two blocks, a recent one and the current one,
-the whole blocks nearest to the sink of 5 that flashdreams has for these weights, which were not trained with any.
-Models of smaller blocks are to remember no less; both are rounded up to whole blocks."""
+SHORT_WINDOW, SHORT_SINKS = 12, (6, 3)
+"""A smaller KV cache, in latent frames: with blocks of 3 it is a sink of two blocks, a recent one and the current one.
+That comes nearest to the sink of 5 that flashdreams has for these weights, which were trained with none. A sink's keys
+take room twice, so there is a smaller one, as LongLive has it, for where that decides. Models of smaller blocks are to
+remember no less; all are rounded up to whole blocks."""
 
 _PLACES: dict[TextPlace, str] = {"device": "on the device", "offload": "comes and goes", "cpu": "on the CPU"}
 
@@ -75,7 +76,7 @@ class Placement:
         return (
             _TEXT_COSTS[self.text_encoder, self.text_fp8]
             + _TAEHV_COST * self.taehv
-            + _WINDOW_COST * (self.window_frames is not None)
+            + (_WINDOW_COST + 1 / self.sink_frames if self.sink_frames else 0)
             + _FP8_COST * self.fp8
         )
 
@@ -212,18 +213,16 @@ def plan_for(needs: ModelNeeds, spec: ModelSpec, budget: int | None) -> MemoryPl
 def placements(needs: ModelNeeds, spec: ModelSpec) -> Iterator[Placement]:
     """All there are for a model."""
     windows: list[tuple[int | None, int | None]] = [(None, None)]
-    short, sink = short_window(spec.frames_per_block)
-    if short < spec.window_frames:
-        windows.append((short, sink))
+    windows += [(short, sink) for short, sink in short_windows(spec.frames_per_block) if short < spec.window_frames]
     decoders = [False, True] if "taehv" in needs.decoders else [False]
     for (text, text_fp8), fp8, taehv, (window, sink) in product(_TEXT_COSTS, (False, True), decoders, windows):
         yield Placement(text, text_fp8, fp8, taehv, window, sink)
 
 
-def short_window(block: int) -> tuple[int, int]:
-    """Latent frames of the smaller KV cache and of its sink, for blocks of so many; a recent block fits in, too."""
-    sink = block * math.ceil(SHORT_SINK / block)
-    return block * math.ceil(max(SHORT_WINDOW, sink + 2 * block) / block), sink
+def short_windows(block: int) -> list[tuple[int, int]]:
+    """Latent frames of smaller KV caches and of their sinks, for blocks of so many; a recent block fits in, too."""
+    sinks = dict.fromkeys(block * math.ceil(sink / block) for sink in SHORT_SINKS)
+    return [(block * math.ceil(max(SHORT_WINDOW, sink + 2 * block) / block), sink) for sink in sinks]
 
 
 def evaluated(needs: ModelNeeds, spec: ModelSpec, placement: Placement, budget: int | None = None) -> MemoryPlan:

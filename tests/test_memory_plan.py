@@ -136,13 +136,27 @@ def test_every_published_model_fits_every_card(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "window", "sink"), [(1, 12, 3), (2, 12, 4), (3, 12, 3), (4, 12, 4), (5, 15, 5), (6, 18, 6)]
+    ("block", "windows"),
+    [
+        (1, [(12, 6), (12, 3)]),
+        (2, [(12, 6), (12, 4)]),
+        (3, [(12, 6), (12, 3)]),
+        (4, [(16, 8), (12, 4)]),
+        (5, [(20, 10), (15, 5)]),
+        (6, [(18, 6)]),
+    ],
 )
-def test_a_short_window_is_counted_in_frames(block: int, window: int, sink: int) -> None:
-    assert plan.short_window(block) == (window, sink)
+def test_a_short_window_is_counted_in_frames(block: int, windows: list[tuple[int, int]]) -> None:
+    assert plan.short_windows(block) == windows
     large = replace(spec(), frames_per_block=block, window_frames=block * 30, sink_frames=0)
-    (short,) = {placement.fitted(large) for placement in placements(SMALL, large) if placement.window_frames}
-    assert (short.window_frames, short.sink_frames) == (window, sink)
+    short = {placement.fitted(large) for placement in placements(SMALL, large) if placement.window_frames}
+    assert {(one.window_frames, one.sink_frames) for one in short} == {*windows}
+
+
+def test_a_small_sink_is_for_where_it_decides() -> None:
+    needs, spec = published("self-forcing-dmd")
+    sinks = {size: plan_for(needs, spec, usable(size * memory.GB)).placement.sink_frames for size in (8, 12)}
+    assert sinks == {8: 3, 12: 6}
 
 
 # ---- the choice
