@@ -375,7 +375,7 @@ def test_a_gpu_is_reached_through_the_main_memory(embedded: ModelNeeds, monkeypa
 
 
 def test_a_model_too_large_for_the_card_does_not_drive_the_old_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 0.7 * memory.GB))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 0.5 * memory.GB))
     check_exchange(EMBEDDED, "cuda", "off")
     with pytest.raises(OptionUnavailable, match="of GPU memory even with everything made small"):
         check_exchange(EMBEDDED, "cuda", "auto")
