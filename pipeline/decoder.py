@@ -137,7 +137,7 @@ def to_uint8(frames: torch.Tensor, block: int) -> np.ndarray:
     # From a GPU into pinned memory, ten times as fast as into any other; torch keeps it for the next block.
     copy = torch.empty_like(pixels, device="cpu", pin_memory=pixels.is_cuda)
     copy.copy_(pixels, non_blocking=True)
-    if not finite.item():  # waits for all that the device was told, the copy included
+    if not finite:  # waits for all that the device was told, the copy included
         raise NonFiniteOutput(f"The decoder produced invalid numbers in block {block + 1}. Try another seed.")
     return copy.numpy()
 

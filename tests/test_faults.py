@@ -509,6 +509,9 @@ LENGTHS = range(1021, 1027)
 class LatentsAsFrames:
     """A `StreamDecoder` that shows the latents themselves: the transformer is what may run out of positions."""
 
+    weights = torch.nn.Linear(1, 1).requires_grad_(False)
+    weights.dtype = torch.float32
+
     def reset(self) -> None:
         self._skipped = 3
 

@@ -223,7 +223,7 @@ def drop(page, path: Path) -> None:
 def test_where_a_file_can_be_let_go_shows_only_while_one_is_there(open_page) -> None:
     page = open_page()
     page.wait_for_selector("#generate:enabled")
-    page.evaluate(
+    shown = page.evaluate(  # in one go: it is hidden again soon
         """() => {
             const files = new DataTransfer();
             files.items.add(new File(["x"], "a.png", { type: "image/png" }));
@@ -233,9 +233,10 @@ def test_where_a_file_can_be_let_go_shows_only_while_one_is_there(open_page) -> 
             for (const kind of ["dragenter", "dragover"]) drag(kind, passing);
             passing.remove(); // it never tells that the file has left
             drag("dragover", document);
+            return document.body.classList.contains("sf-dropping");
         }"""
     )
-    assert page.evaluate("document.body.classList.contains('sf-dropping')")
+    assert shown
     page.wait_for_function("!document.body.classList.contains('sf-dropping')")
 
 
