@@ -22,6 +22,7 @@ from pathlib import Path
 from pipeline.blocks import StreamingPipeline
 from pipeline.cli import (
     EMBEDDED_MODEL,
+    EXIT_FAILED,
     LoadPipeline,
     SentenceParser,
     add_attention,
@@ -29,11 +30,12 @@ from pipeline.cli import (
     check_device_name,
     check_memory,
     check_model_folder,
+    exit_code,
     load_pipeline,
     say,
 )
 from pipeline.config import SECONDS_RANGE
-from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.errors import InvalidRequest, SelfForcingError
 from pipeline.loading import LOADED_SHARE, report_loading
 from pipeline.worker import ModelWorker
 from prompting.language import ENHANCER_HELP, LanguageEnhancer
@@ -44,8 +46,6 @@ from web.storage import TemporaryHome
 
 __all__ = ["build_app", "main"]
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 
 POLL_SECONDS = 0.5
 """How long to wait in one go: on Windows Ctrl-C does not interrupt a wait."""
@@ -81,12 +81,9 @@ def main(argv: Sequence[str] | None = None, load: LoadPipeline | None = None) ->
         models = menu_choices(options, folder, lambda chosen: warmed_up(load(chosen, device), options.compile), check)
         serve(worker, options, auth, stop, models, language)
         code = 0
-    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
-        say(str(error))
-        code = EXIT_BAD_INPUT
     except SelfForcingError as error:
         say(str(error))
-        code = EXIT_FAILED
+        code = exit_code(error)
     except Exception:
         traceback.print_exc()  # here: below, the process may end at once
     finally:

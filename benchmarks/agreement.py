@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.watch import WatchedPipeline, WatchedReference
 from pipeline.config import GenerationRequest
+from pipeline.device import dtype_name
 
 TOLERANCE = 1e-5
 """Of relative differences in float32."""
@@ -66,7 +67,7 @@ def compare(ours: WatchedPipeline, reference: WatchedReference, request: Generat
         frames["taehv" if taehv else "vae"] = max(found[:exact])
         later = max(found[exact:], default=None)
     return Agreement(
-        dtype=str(pairs[0][0].dtype).removeprefix("torch."),
+        dtype=dtype_name(pairs[0][0].dtype),
         blocks=len(pairs),
         latents=max(difference(*pair) for pair in pairs),
         frames=frames,

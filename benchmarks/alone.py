@@ -13,6 +13,7 @@ from benchmarks.session import Session, thread_count
 from benchmarks.watch import WatchedPipeline
 from pipeline.blocks import FrameBlock
 from pipeline.config import GenerationRequest
+from pipeline.device import dtype_name
 from pipeline.generator import SelfForcingPipeline
 from pipeline.video import SegmentEncoder
 
@@ -62,7 +63,7 @@ def speed(session: Session, until: float = math.inf, ways: Mapping[str, Way] | N
             rows[name] = clip_figures(session, clips, limit if way.dtype_limits else None)
     return {
         "threads": session.threads,
-        "dtype": str(session.default_dtype).removeprefix("torch."),
+        "dtype": dtype_name(session.default_dtype),
         "product_gflops": rate / 1e9,
         "blocks": scale.clip_blocks,
         "clips": min(len(row["fps_of_each"]) for row in rows.values()),

@@ -16,16 +16,15 @@ from typing import Any
 from pipeline import container
 from pipeline.cli import (
     EMBEDDED_MODEL,
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     SentenceParser,
     check_device,
     check_device_name,
     check_model_folder,
+    exit_code,
     say,
 )
-from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.errors import SelfForcingError
 from pipeline.process import quiet_libraries
 
 PARTS = {
@@ -57,12 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Stopped. Nothing was written.")
         return EXIT_INTERRUPTED
-    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
-        say(str(error))
-        return EXIT_BAD_INPUT
     except SelfForcingError as error:
         say(str(error))
-        return EXIT_FAILED
+        return exit_code(error)
     if path is not None:
         say(f"Written to {path}.")
     from benchmarks.results import as_text

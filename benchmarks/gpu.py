@@ -32,15 +32,15 @@ from benchmarks.watch import WatchedPipeline, WatchedReference
 from pipeline.attention_backends import AttentionChoice, AttentionShapes, choose_attention
 from pipeline.cli import (
     EXIT_BAD_INPUT,
-    EXIT_FAILED,
     SentenceParser,
     check_device,
     check_device_name,
+    exit_code,
     say,
 )
 from pipeline.control import RunControl
 from pipeline.device import chosen_device
-from pipeline.errors import DeadlineExceeded, InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.errors import DeadlineExceeded, OptionUnavailable, SelfForcingError
 from pipeline.failures import free_memory
 from pipeline.process import quiet_libraries
 
@@ -69,15 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device_name is None and not torch.cuda.is_available() and not options.small:
             raise OptionUnavailable("There is no GPU here. --small tries the same on the CPU, without saying much.")
         result = run(chosen_device(device_name), options)
-    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
-        say(str(error))
-        return EXIT_BAD_INPUT
     except OSError as error:
         say(f"The result cannot be written to {options.out} ({error.strerror}).")
         return EXIT_BAD_INPUT
     except SelfForcingError as error:
         say(str(error))
-        return EXIT_FAILED
+        return exit_code(error)
     sys.stdout.write(as_text(result) + "\n")
     return 0
 

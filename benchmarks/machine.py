@@ -20,7 +20,7 @@ except ImportError:  # on Windows
     resource = None
 
 from pipeline import container
-from pipeline.device import has_bfloat16, processor_name
+from pipeline.device import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "triton", "torchao")
@@ -73,11 +73,6 @@ def seconds_of_children() -> float:
 def load() -> float:
     """How many programs wanted a processor in the last minute, this one included; 0 where it is not known."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes bfloat16 by way of float32, many times more slowly: processors without AVX-512."""
-    return not has_bfloat16(device)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -22,6 +22,7 @@ from benchmarks.watch import Reading, WatchedPipeline
 from pipeline.blocks import FrameBlock
 from pipeline.compare import psnr, squared_errors
 from pipeline.config import GenerationRequest
+from pipeline.device import dtype_name, has_bfloat16
 
 OURS, AGAIN, REFERENCE = "ours", "ours again", "reference"
 BF16 = ", bfloat16"
@@ -99,7 +100,7 @@ def against_reference(session: Session, agreement: Agreement, until: float = mat
         until: see `interleave`.
     """
     fp32, bf16, base = torch.float32, torch.bfloat16, session.default_dtype
-    with_bf16 = not machine.emulates_bfloat16(session.device)
+    with_bf16 = has_bfloat16(session.device)
     taehv = {"taehv": session.has_taehv}
 
     def variants(dtype: torch.dtype, suffix: str) -> dict[str, Variant]:
@@ -169,12 +170,12 @@ def switches(session: Session, until: float = math.inf) -> dict[str, Any]:
     if ours is not (whole := session.pipeline(session.default_dtype)) and session.has_taehv:
         variants["taehv, all in float32"] = Variant(WatchedPipeline.beside(whole), {"taehv": True})
     other = torch.bfloat16 if session.default_dtype == torch.float32 else torch.float32
-    if machine.emulates_bfloat16(session.device):
+    if not has_bfloat16(session.device):
         missing["bfloat16"] = EMULATED
     else:
-        variants[str(other).removeprefix("torch.")] = Variant(session.pipeline(other))
+        variants[dtype_name(other)] = Variant(session.pipeline(other))
     rows = against_default(session, variants, until)
-    return {"default": str(session.default_dtype).removeprefix("torch."), "rows": rows, "missing": missing}
+    return {"default": dtype_name(session.default_dtype), "rows": rows, "missing": missing}
 
 
 APPROXIMATE = ("taehv", "fp8", "bfloat16")

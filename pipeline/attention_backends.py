@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.attention import Kernel, attention
 from pipeline.config import ModelSpec
-from pipeline.device import DeviceFacts
+from pipeline.device import DeviceFacts, dtype_name
 from pipeline.errors import OptionUnavailable
 
 WARM_UP_CALLS, TIMED_CALLS = 2, 5
@@ -64,7 +64,7 @@ class Backend:
         if problem := self.lacks(facts):
             return problem
         if self.half_only and facts.kind != "cpu" and dtype not in _HALF:
-            return f"works in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+            return f"works in bfloat16 and float16, not {dtype_name(dtype)}"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed"
         return None

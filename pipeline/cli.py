@@ -35,6 +35,13 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+
+def exit_code(error: SelfForcingError) -> int:
+    """Of a command that ends with this error: bad input is what whoever asked can put right."""
+    bad_input = isinstance(error, InvalidRequest | OptionUnavailable | WeightsError)
+    return EXIT_BAD_INPUT if bad_input else EXIT_FAILED
+
+
 LoadPipeline = Callable[[Path, str | None], StreamingPipeline]
 
 
@@ -49,15 +56,11 @@ def load_pipeline(folder: Path, device: str | None, memory: str = "auto", attent
     check_device(device)
     from transformers.utils import logging as transformers_logging
 
-    from pipeline.failures import free_memory
     from pipeline.generator import SelfForcingPipeline
-    from pipeline.load_lock import loading_alone
     from pipeline.placing import placement_for
 
     transformers_logging.disable_progress_bar()  # it counts layers; what is loading here, the program says itself
-    with loading_alone():  # what a compilation still takes that the model before began, is free after it
-        free_memory()
-        placement = placement_for(folder, device, memory)
+    placement = placement_for(folder, device, memory)
     return SelfForcingPipeline.from_pretrained(folder, device, placement=placement, attention=attention)
 
 
@@ -109,13 +112,11 @@ def run_command(
         ignore_interrupts()
         say("Stopped. Nothing was written.")
         code = EXIT_INTERRUPTED
-    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
-        say(str(error))
-        code = EXIT_BAD_INPUT
     except SelfForcingError as error:
+        code = exit_code(error)
         # There is no log to look into, only what --verbose would have shown.
-        say(f"{error} Run again with --verbose to see why." if _is_unexplained(error) and not verbose else str(error))
-        code = EXIT_FAILED
+        hidden = code == EXIT_FAILED and _is_unexplained(error) and not verbose
+        say(f"{error} Run again with --verbose to see why." if hidden else str(error))
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED

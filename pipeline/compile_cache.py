@@ -73,10 +73,11 @@ def give_up() -> bool:
     if _given_up or _own is None:
         return False
     try:
-        if _own.is_dir() and not any(_own.iterdir()):
+        there = _own.is_dir()
+        if there and not any(_own.iterdir()):
             return False
         _given_up = True
-        if _own.is_dir():
+        if there:
             # First out of the way: another process may be reading in it.
             aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=_own.parent))
             os.replace(_own, aside / _own.name)

@@ -51,6 +51,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """True unless products in bfloat16 are emulated: on a processor without AVX-512, a hundred times as slow."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline.device import DeviceFacts
+from pipeline.device import DeviceFacts, dtype_name
 from pipeline.stored_layers import store
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Float8Form:
         """What a run says of its arithmetic; `dtype`: the model's."""
         if self.row_wise:
             return "float8 row-wise arithmetic (torchao)"
-        return f"float8 weights, {str(dtype).removeprefix('torch.')} arithmetic"
+        return f"float8 weights, {dtype_name(dtype)} arithmetic"
 
     def sentence(self) -> str:
         """For people."""
@@ -80,7 +80,7 @@ def float8_form(facts: DeviceFacts, dtype: torch.dtype, problem: str | None) -> 
     if not facts.at_least(8, 9):
         return Float8Form(False, f"{facts} cannot multiply in 8 bits (NVIDIA GPUs can from capability 8.9 on)")
     if dtype != torch.bfloat16:
-        return Float8Form(False, f"the model is in {str(dtype).removeprefix('torch.')}, not bfloat16")
+        return Float8Form(False, f"the model is in {dtype_name(dtype)}, not bfloat16")
     if problem is not None:
         return Float8Form(False, problem)
     return Float8Form(True)

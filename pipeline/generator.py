@@ -21,6 +21,7 @@ from pipeline.compiling import CompileState
 from pipeline.config import GenerationRequest, ModelSpec, check_available
 from pipeline.control import checkpoint
 from pipeline.decoder import StreamDecoder, TaehvStreamDecoder, WanStreamDecoder, to_uint8
+from pipeline.device import dtype_name
 from pipeline.errors import NonFiniteOutput, SelfForcingError
 from pipeline.failures import free_memory
 from pipeline.options import TransformerOptions, unavailable_options
@@ -144,7 +145,7 @@ class SelfForcingPipeline:
     def _plan(self, request: GenerationRequest, compiled: CompileState) -> RunInfo:
         fps = float(self.spec.fps if request.fps is None else request.fps)
         num_blocks, num_frames = self.spec.length(request.seconds, fps, request.start)
-        dtype, fp8 = str(self._transformer.dtype).removeprefix("torch."), self._transformer.fp8_form
+        dtype, fp8 = dtype_name(self._transformer.dtype), self._transformer.fp8_form
         return RunInfo(
             request=request,
             seed=secrets.randbelow(2**32) if request.seed == -1 else request.seed,
@@ -165,7 +166,7 @@ class SelfForcingPipeline:
 
     def _decoder_title(self, taehv: bool) -> str:
         title, dtype = "TAEHV" if taehv else "Wan VAE", self._decoders[taehv].weights.dtype
-        return title if dtype == self._transformer.dtype else f"{title} in {str(dtype).removeprefix('torch.')}"
+        return title if dtype == self._transformer.dtype else f"{title} in {dtype_name(dtype)}"
 
     @torch.inference_mode()
     def stream(self, request: GenerationRequest) -> Iterator[FrameBlock]:

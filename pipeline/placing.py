@@ -92,10 +92,8 @@ def check_main_memory(folder: Path, freed: int = 0) -> None:
     if sum(map(weight_bytes, folder.glob("*"))) <= SMALL_SHARE * free:
         return
     report_loading("Planning the memory", 0.0)
-    spec = ModelFolder(folder).spec
-    needed = evaluated(
-        rehearse(builders_of(folder), spec, default_dtype(torch.device("cpu"))), spec, AS_THE_MODEL_HAS_IT
-    ).total
+    spec, dtype = ModelFolder(folder).spec, default_dtype(torch.device("cpu"))
+    needed = evaluated(rehearse(builders_of(folder), spec, dtype), spec, AS_THE_MODEL_HAS_IT).total
     if needed > free:
         raise OptionUnavailable(
             f"{spec.name} needs about {needed / GB:.1f} GB of main memory on a CPU, where it works in float32, and "

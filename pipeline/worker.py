@@ -220,9 +220,10 @@ class ModelWorker:
 
     def _load_instead(self, source: Any) -> BaseException | None:
         """Give up the model, if there is one, and load another. Returns what went wrong."""
-        _closed(self._pipeline)
-        self._source, self._pipeline = source, None
         self._loading = LoadingState()
+        # A compilation that goes on holds memory that the next model is planned with, which waits for it anyway.
+        _closed(self._pipeline, None)
+        self._source, self._pipeline = source, None
         try:
             failures.free_memory()
         except BaseException as error:  # a device that broke says so at the first question of any kind

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from pipeline.cli import (
     EMBEDDED_MODEL,
-    EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     SentenceParser,
     check_model_folder,
+    exit_code,
     say,
 )
 from pipeline.config import MAX_VARIANT, checked_prompt, checked_variant
-from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError, WeightsError
+from pipeline.errors import InvalidRequest, OptionUnavailable, SelfForcingError
 from pipeline.process import ignore_interrupts, leave_at_once, quiet_libraries, terminate_like_interrupt
 from prompting.enhancer import Enhancer
 from prompting.language import ENHANCER_HELP, LanguageEnhancer
@@ -50,11 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore_interrupts()
         say("Stopped.")
         code = EXIT_INTERRUPTED
-    except (InvalidRequest, OptionUnavailable, WeightsError) as error:
-        say(str(error))
-        code = EXIT_BAD_INPUT
     except SelfForcingError as error:
         say(str(error))
+        code = exit_code(error)
     if isinstance(enhancer, LanguageEnhancer) and not enhancer.close():
         # It is loading, which cannot be interrupted; torch aborts the process if the interpreter goes away under it.
         leave_at_once(code)

@@ -47,6 +47,7 @@ from torch import nn  # noqa: E402
 from pipeline import GenerationRequest, SelfForcingPipeline  # noqa: E402
 from pipeline.attention_backends import BACKENDS, AttentionChoice, AttentionShapes, choose_attention  # noqa: E402
 from pipeline.config import ModelSpec  # noqa: E402
+from pipeline.device import dtype_name  # noqa: E402
 from pipeline.errors import OptionUnavailable  # noqa: E402
 from pipeline.float8 import form_on  # noqa: E402
 from pipeline.folder import ModelFolder, index_entries  # noqa: E402
@@ -447,7 +448,7 @@ def wrongly_applied(pipe: SelfForcingPipeline, names: Sequence[str], applied: di
     form = form_on(pipe.device, dtype, trial=lambda device: None)
     fp8, whole = "fp8" in names, "fp8" not in names or form.row_wise
     wanted = {
-        "precision": form.precision(dtype) if fp8 else str(dtype).removeprefix("torch."),
+        "precision": form.precision(dtype) if fp8 else dtype_name(dtype),
         "decoder": "TAEHV" if "taehv" in names else "Wan VAE",
         "compile": ("on" if whole else "the decoder only, because of FP8") if "compile" in names else "off",
     }

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import agreement, alone, cli, fresh, gpu, machine, report, results
+from benchmarks import agreement, alone, cli, fresh, gpu, machine, report, results, side_by_side
 from benchmarks.alone import clip_figures
 from benchmarks.interleave import Variant, interleave
 from benchmarks.random_model import RandomModel, small
@@ -34,6 +34,7 @@ from pipeline import cli as cli_pipeline
 from pipeline.attention_backends import BACKENDS, AttentionChoice
 from pipeline.compiled_runs import CompiledRuns
 from pipeline.config import ModelSpec
+from pipeline.device import has_bfloat16
 from pipeline.folder import ModelFolder
 from pipeline.memory import builders_of as builders_in
 from tests.small import write_model_folder
@@ -384,14 +385,14 @@ def test_it_keeps_quiet_where_a_ratio_would_mislead(folder: Path, monkeypatch: p
     if fault == "weights":
         monkeypatch.setattr(agreement, "TOLERANCE", 0.0)  # two ways of summing up never agree to the last bit
     if fault == "bfloat16":
-        monkeypatch.setattr(machine, "emulates_bfloat16", lambda device: True)
+        monkeypatch.setattr(side_by_side, "has_bfloat16", lambda device: False)
     arguments = ["--model", str(folder), "--device", "cpu", "--quick", "--threads", "1", "--only", "reference"]
     result = cli.run(folder, "cpu", cli.parse(arguments))
     hidden = ("block_bf16",) if fault == "bfloat16" else ("block_fp32", "stream", "block_bf16")
     said = {"load": "load", "weights": "same video", "bfloat16": "no bfloat16"}[fault]
     for name in hidden:
         assert result["speedup_vs_reference"][name] is None
-        if not (fault == "load" and machine.emulates_bfloat16(torch.device("cpu"))):
+        if not (fault == "load" and not has_bfloat16(torch.device("cpu"))):
             assert said in " ".join(result["why_null"][name])
     text = results.as_text(result)
     assert said in text

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import SentenceParser, say
+from pipeline.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, SentenceParser, say
 from pipeline.errors import InvalidRequest, SelfForcingError, WeightsError
 from pipeline.process import quiet_libraries, terminate_like_interrupt
 from weights.hub import KEPT, Resumable
@@ -19,10 +19,6 @@ from weights.install import download, verify
 from weights.manifest import DTYPES, MANIFEST_FILE, Manifest, Model, Part, load_manifest
 from weights.progress import Listener, Progress, about, gigabytes
 from weights.store import Store, StoreInUse
-
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 DEFAULT_CONFIG = MANIFEST_FILE.parent / "configs" / "wan2.1_t2v_1.3b.json"
 IN_WORDS = {"present": "here", "partial": "partly here", "absent": "not here"}
